@@ -1,0 +1,1 @@
+"""Third-party models and files made into this library's objects."""

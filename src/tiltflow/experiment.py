@@ -1,0 +1,125 @@
+"""A run file becomes an experiment: read, resolved, and built with its models loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import final
+
+import torch
+
+from tiltflow.config import Table, interpret
+from tiltflow.density import FlowDensity
+from tiltflow.errors import ConfigError
+from tiltflow.flow import freeze
+from tiltflow.functional import Functional
+from tiltflow.models import Model, Pretrained
+from tiltflow.potential import Potential
+from tiltflow.runfile import Plain, override, read_toml
+from tiltflow.sample import Sampler, calibrated
+from tiltflow.seed import Seed
+from tiltflow.tables import Experiment, MirrorDescent
+
+PRETRAINED = "pretrained"
+"""The model that is tuned; ``[models]`` must have it."""
+
+
+@final
+@dataclass(frozen=True)
+class Plan:
+    """An experiment with its models loaded: everything that a run needs, nothing done yet."""
+
+    experiment: Experiment
+    resolved: Plain
+    pretrained: Pretrained
+    prior: FlowDensity
+    objective: Functional
+    reward: Potential
+
+    @property
+    def seed(self) -> Seed:
+        """Root of all random streams."""
+        return Seed(self.experiment.seed)
+
+    @property
+    def training_sampler(self) -> Sampler:
+        """The solver's sampler: its path laws are the ones that training sees."""
+        sampler = getattr(self.experiment.solver, "sampler", None)
+        return sampler if isinstance(sampler, Sampler) else self.experiment.evaluate.sampler
+
+
+def resolve(data: Plain) -> Table:
+    """Interpret a run file; every error names the key. ``.plain`` is the resolved file."""
+    tree = interpret(Experiment, data, "")
+    assert isinstance(tree, Table)
+    models = tree.plain["models"]
+    if PRETRAINED not in models:
+        raise ConfigError(f"models.{PRETRAINED}: missing; it is the model that is tuned.")
+    return tree
+
+
+def load(path: Path, assignments: Sequence[str] = ()) -> Table:
+    """Read and interpret a run file with ``--set`` overrides; its name is the default ``name``."""
+    data = read_toml(path)
+    data.setdefault("name", path.stem)
+    return resolve(override(data, assignments))
+
+
+def prepare(tree: Table, device: torch.device | None = None) -> Plan:
+    """Build every object of a resolved file, load the models and measure their moments.
+
+    Raises:
+        ConfigError: for values that a constructor refuses, with the path of the table.
+        CheckpointError: for model files that are wrong.
+    """
+    solver = tree.fields["solver"].build({})
+    recipes: Mapping[str, Model] = tree.fields["models"].build({})
+    algorithm: MirrorDescent = tree.fields["algorithm"].build({})
+    sampler = getattr(solver, "sampler", None) or Sampler()
+    root = Seed(int(tree.plain["seed"])).child("models")
+    loaded = {
+        name: _calibrated(_placed(recipe.load(), device), sampler, root.child(name))
+        for name, recipe in recipes.items()
+    }
+    scope = {
+        name: FlowDensity(
+            each.model, sampler=sampler, num_samples=algorithm.num_samples,
+            seed=root.child(name), score_time=algorithm.score_time,
+        )
+        for name, each in loaded.items()
+    }  # fmt: skip
+    experiment: Experiment = tree.build(scope)
+    algorithm.schedule_of_rates(experiment.objective.weight)
+    return Plan(
+        experiment, tree.plain, loaded[PRETRAINED], scope[PRETRAINED],
+        experiment.objective.functional, _reward(experiment),
+    )  # fmt: skip
+
+
+def _reward(experiment: Experiment) -> Potential:
+    reward = experiment.evaluate.reward or getattr(experiment.objective.utility, "reward", None)
+    if not isinstance(reward, Potential):
+        raise ConfigError(
+            f"evaluate.reward: missing; the utility {experiment.objective.utility} has no reward "
+            "of its own that could be reported."
+        )
+    return reward
+
+
+def _calibrated(pretrained: Pretrained, sampler: Sampler, seed: Seed) -> Pretrained:
+    """Measure once what the kernel ``Auto`` needs, so that every part of a run has the same.
+
+    Were it left to the first training, a continued run would measure it elsewhere.
+    """
+    seed = seed.child("calibration")
+    model = calibrated(pretrained.model, seed=seed, num_steps=sampler.num_steps)
+    return replace(pretrained, model=model)
+
+
+def _placed(pretrained: Pretrained, device: torch.device | None) -> Pretrained:
+    freeze(pretrained.model)
+    if device is not None:
+        for module in (pretrained.model.net, pretrained.model.trainable):
+            module.to(device)
+    return pretrained

@@ -1,0 +1,242 @@
+"""Functionals of a density, and their algebra: ``objective = utility - weight * divergence``."""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from tiltflow.density import Bank, Density
+from tiltflow.errors import CapabilityError, UnsupportedError
+from tiltflow.potential import ZERO, Potential
+from tiltflow.types import Access, Estimate
+
+
+class Functional(abc.ABC):
+    """A number G[p] attached to a density, to be raised, with its first variation.
+
+    The first variation is the function delta G[p] with::
+
+        G[p + e (q - p)] = G[p] + e * integral delta G[p] (q - p) + o(e)
+
+    up to an additive constant (Flow Density Control, section 3; methods, section 3.2). Whatever in
+    it depends on p (quantiles, means, scores) is frozen at that p.
+
+    Functionals form a vector space: ``F + G``, ``F - 0.5 * D``, ``-F``.
+    """
+
+    @abc.abstractmethod
+    def offers(self, log: Access) -> Access:
+        """What the first variation offers where log p offers ``log``; nothing is evaluated."""
+
+    @abc.abstractmethod
+    def value(self, p: Density) -> Estimate:
+        """G[p] with its standard error (zero for quadrature)."""
+
+    @abc.abstractmethod
+    def first_variation(self, p: Density) -> Potential:
+        """delta G[p], something to raise."""
+
+    def offers_at(self, p: Density) -> Access:
+        """What the first variation at ``p`` offers, before any sample of ``p`` is drawn.
+
+        At least ``offers(p.log.offers)``. A subclass whose first variation contains a difference
+        of log-densities says more here, because equal parts of the two cancel.
+        """
+        return self.offers(p.log.offers)
+
+    @property
+    def terms(self) -> tuple[tuple[float, Functional], ...]:
+        """The objective as (coefficient, functional) pairs; a single functional is one pair."""
+        return ((1.0, self),)
+
+    @final
+    def __add__(self, other: Functional) -> Combined:
+        return Combined((*self.terms, *other.terms))
+
+    @final
+    def __sub__(self, other: Functional) -> Combined:
+        return self + (-1.0) * other
+
+    @final
+    def __mul__(self, scale: float) -> Combined:
+        return Combined((float(scale) * c, term) for c, term in self.terms)
+
+    __rmul__ = __mul__
+
+    @final
+    def __neg__(self) -> Combined:
+        return -1.0 * self
+
+    def __str__(self) -> str:
+        return type(self).__name__
+
+
+@final
+class Combined(Functional):
+    """sum_i c_i F_i, flattened and with equal (identical) functionals collected.
+
+    Args:
+        terms: pairs of a coefficient and a functional that is not itself a ``Combined``.
+    """
+
+    def __init__(self, terms: Iterable[tuple[float, Functional]]) -> None:
+        collected: dict[int, tuple[float, Functional]] = {}
+        for scale, term in terms:
+            before = collected.get(id(term), (0.0, term))[0]
+            collected[id(term)] = (before + scale, term)
+        self._terms = tuple((c, term) for c, term in collected.values() if c != 0.0)
+
+    @property
+    def terms(self) -> tuple[tuple[float, Functional], ...]:
+        return self._terms
+
+    def offers(self, log: Access) -> Access:
+        offered = Access.BOTH
+        for _, term in self.terms:
+            offered &= term.offers(log)
+        return offered
+
+    def offers_at(self, p: Density) -> Access:
+        offered = Access.BOTH
+        for _, term in self.terms:
+            offered &= term.offers_at(p)
+        return offered
+
+    def value(self, p: Density) -> Estimate:
+        """sum_i c_i F_i[p].
+
+        The terms are estimated from one bank and their errors are correlated. Where every first
+        variation has a value, the error is that of the influence function sum_i c_i delta F_i;
+        what a term reports beyond its own influence comes from another bank (e.g. the normaliser
+        of a KL) and is added in squares. Otherwise the errors of the terms are added in squares.
+        """
+        parts = [(c, term.value(p)) for c, term in self.terms]
+        total = sum(c * part.value for c, part in parts)
+        count = max((part.count for _, part in parts), default=0)
+        if all(Access.VALUE in term.offers_at(p) for _, term in self.terms):
+            influences = [influence(term.first_variation(p), p) for _, term in self.terms]
+            joint = torch.zeros((), dtype=torch.float64)
+            variance = 0.0
+            for (c, part), f in zip(parts, influences, strict=True):
+                joint = joint + c * f
+                variance += c**2 * max(part.standard_error**2 - error_of(f, p) ** 2, 0.0)
+            variance += error_of(joint, p) ** 2
+        else:
+            variance = sum((c * part.standard_error) ** 2 for c, part in parts)
+        return Estimate(total, math.sqrt(variance), count)
+
+    def first_variation(self, p: Density) -> Potential:
+        total = ZERO
+        for scale, term in self.terms:
+            total = total + scale * term.first_variation(p)
+        return total
+
+    def __str__(self) -> str:
+        text = ""
+        for scale, term in self.terms:
+            size = "" if abs(scale) == 1 else f"{abs(scale):.4g} "
+            sign = (" - " if text else "-") if scale < 0 else (" + " if text else "")
+            text += f"{sign}{size}{term}"
+        return text or "0"
+
+
+def influence(variation: Potential, p: Density) -> Tensor:
+    """Values of a first variation on the bank of ``p``, (N,) float64."""
+    bank = p.bank
+    return variation.value(bank.points, bank.cond).double()
+
+
+def error_of(values: Tensor, p: Density) -> float:
+    """Standard error of a functional whose influence function has ``values`` (N,) on the bank.
+
+    sqrt(sum w_i^2 (f_i - mean)^2): the standard deviation of f over the square root of the
+    effective number of samples. Zero on quadrature nodes.
+    """
+    bank = p.bank
+    if bank.exact or values.ndim == 0:
+        return 0.0
+    return Estimate.of(values, bank.weights).standard_error
+
+
+def spread(values: Tensor, p: Density) -> float:
+    """Standard deviation under ``p`` of a function with ``values`` (N,) on its bank."""
+    w = p.bank.weights.double().to(values.device)
+    return float((w * (values - (w * values).sum()) ** 2).sum().sqrt())
+
+
+_REMEDIES = {
+    Access.VALUE: "Use a solver that needs gradients only, such as AdjointMatching, or a density "
+    "whose log-probability is known.",
+    Access.GRAD: "Use a solver that needs values only, such as WeightedMatching, or a "
+    "differentiable reward.",
+    Access.BOTH: "Use a differentiable reward, and a density with a known log-probability.",
+}
+
+
+_KNOWS = {
+    Access.NONE: "neither its score nor its log-probability",
+    Access.GRAD: "its score, not its log-probability",
+    Access.VALUE: "its log-probability, not its score",
+    Access.BOTH: "its score and its log-probability",
+}
+
+
+def check(objective: Functional, p: Density | Access, needs: Access, user: str) -> None:
+    """Raise ``CapabilityError`` unless delta G at ``p`` offers ``needs``; draws no sample.
+
+    Args:
+        objective: the functional G.
+        p: the density, or what its log offers.
+        needs: what ``user`` cannot do without.
+        user: who needs it, for the message.
+    """
+
+    def offered(functional: Functional) -> Access:
+        return functional.offers(p) if isinstance(p, Access) else functional.offers_at(p)
+
+    missing = needs & ~offered(objective)
+    if not missing:
+        return
+    culprit = next((t for _, t in objective.terms if missing & ~offered(t)), objective)
+    if isinstance(p, Access):
+        reason = f"log p offers {p}"
+    else:
+        reason = f"{type(p).__name__} knows {_KNOWS[p.log.offers]}"
+    raise CapabilityError(
+        f"{culprit} offers {offered(culprit)} here ({reason}); {user} needs {needs}: {missing} is "
+        f"missing. {_REMEDIES[missing]}"
+    )
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Promise(Potential):
+    """A potential that does not exist yet, of which only the abilities are known."""
+
+    access: Access
+
+    @property
+    def offers(self) -> Access:
+        return self.access
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class FutureDensity(Density):
+    """A density that does not exist yet; for asking functionals what they will offer at it."""
+
+    promised: Potential
+
+    @property
+    def bank(self) -> Bank:
+        raise UnsupportedError("A future density has no samples; abilities must not need any.")
+
+    @property
+    def log(self) -> Potential:
+        return self.promised

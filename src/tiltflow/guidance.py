@@ -1,0 +1,71 @@
+"""Learned guidance: a correction that knows where the reward goes up, and learns how far to go."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from tiltflow.delta import MLP, Correction
+from tiltflow.flow import FlowModel
+from tiltflow.potential import Potential
+from tiltflow.types import Access, expand_as
+
+
+@final
+class LearnedGuidance(nn.Module):
+    """c(x, t) = gain(t, r(e)) grad r(e) at the predicted end point e = endpoint(x, t).
+
+    The optimal correction is grad Phi_t / alpha_t with Phi_t = log E[exp phi(X_1) | X_t]; to first
+    order Phi_t(x) is phi at the end point, so that its direction is known and only its length, a
+    function of two numbers, is left to learn. A handful of roll-outs teach that; a network that
+    has to find the direction too needs far more of them (docs/digits.md).
+    The price: sampling evaluates the reward's gradient at every step.
+
+    Args:
+        model: the frozen model, shared.
+        reward: offers value and gradient; both are taken at end points, without conditions.
+        hidden: widths of the layers of the gain.
+        frequencies: Fourier pairs of t.
+        init_seed: of the initial weights; the global generator is left alone, so that a run that
+            is started again starts the same.
+    """
+
+    def __init__(
+        self,
+        model: FlowModel,
+        reward: Potential,
+        hidden: Sequence[int] = (32, 32),
+        frequencies: int = 4,
+        init_seed: int = 0,
+    ) -> None:
+        super().__init__()
+        reward.require(Access.BOTH, "LearnedGuidance")
+        # Behind a tuple, so that neither is registered: they are shared, not trained or saved.
+        self._shared = (model, reward)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(init_seed)
+            self.gain = MLP((1,), hidden, frequencies=frequencies, zero_init=True)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """(B, *event), (B,) -> (B, *event)."""
+        model, reward = self._shared
+        with torch.no_grad():
+            endpoint = model.frozen_endpoint(x.detach(), t)
+        value, direction = reward.value_and_grad(endpoint)
+        gain: Tensor = self.gain(value[:, None], t)
+        return expand_as(gain[:, 0], x) * direction
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LearnedGuidance:
+        other = LearnedGuidance.__new__(LearnedGuidance)
+        nn.Module.__init__(other)
+        other._shared, other.gain = self._shared, copy.deepcopy(self.gain, memo)
+        return other
+
+
+def guided(model: FlowModel, reward: Potential, hidden: Sequence[int] = (32, 32)) -> FlowModel:
+    """The same model, to be trained through ``LearnedGuidance`` instead of its own weights."""
+    return model.with_delta(Correction(LearnedGuidance(model, reward, hidden)))

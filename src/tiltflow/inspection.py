@@ -1,0 +1,115 @@
+"""What a run would be: its objects, whether they fit, how long it takes. Does no work."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import final
+
+import torch
+
+from tiltflow.config import Leaf, Name, Node, Table
+from tiltflow.experiment import Plan
+from tiltflow.flow import device_of
+from tiltflow.run import check
+from tiltflow.training import Training
+
+BACKWARD = 2.5
+"""Cost of a vector-Jacobian product or of an update, in forward evaluations (about)."""
+
+
+@final
+@dataclass(frozen=True)
+class Cost:
+    """A rough estimate: network evaluations, seconds on this machine, bytes."""
+
+    evaluations: float
+    seconds: float
+    bytes: float
+
+
+def describe(tree: Table, plan: Plan) -> str:
+    """Object tree, ability check, and an estimate of time and memory, as text."""
+    offered = check(plan)
+    cost = estimate(plan)
+    solver = plan.experiment.solver
+    lines = [
+        *_tree(tree, 0), "",
+        f"objective   {plan.objective}",
+        f"abilities   its first variation offers {offered}; {type(solver).__name__} needs "
+        f"{solver.needs}: fine",
+        f"parameters  {_count(plan):,} trained",
+        f"evaluations about {cost.evaluations:,.0f} (in forward units)",
+        f"time        about {_duration(cost.seconds)} on this machine",
+        f"memory      about {cost.bytes / 2**20:,.0f} MiB beside Python and torch",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _tree(node: Node, depth: int) -> Iterator[str]:
+    for key, child in node.children().items():
+        label = f"{'  ' * depth}{key.rstrip('_')}"
+        if isinstance(child, Leaf | Name) or not child.children():
+            if child.plain not in (None, {}, []):
+                yield f"{label} = {child.plain!r}"
+            continue
+        if not isinstance(child, Table) and not any(
+            c.children() for c in child.children().values()
+        ):
+            yield f"{label} = {child.plain!r}"
+            continue
+        kind = child.kind if isinstance(child, Table) and child.kind else ""
+        yield f"{label}: {kind}".rstrip()
+        yield from _tree(child, depth + 1)
+
+
+def estimate(plan: Plan) -> Cost:
+    """Time a few evaluations of the network and count how often they will be needed."""
+    experiment = plan.experiment
+    algorithm, settings, sampler = experiment.algorithm, experiment.evaluate, plan.training_sampler
+    solver = experiment.solver
+    training = getattr(solver, "training", None)
+    updates = training.num_updates if isinstance(training, Training) else 0
+    paths = int(getattr(solver, "num_trajectories", 256))
+    reuse = max(1, int(getattr(solver, "updates_per_rollout", 1)))
+    batch = int(getattr(solver, "batch_size", None) or 256)
+    rollouts = updates / reuse * paths * sampler.num_steps * (2 + BACKWARD)
+    solve = rollouts + updates * batch * (1 + BACKWARD)
+    solves = algorithm.num_iterations + (experiment.baseline is not None)
+    banks = (algorithm.num_iterations + 1) * algorithm.num_samples * sampler.num_steps
+    if experiment.baseline is not None:
+        banks += experiment.baseline.num_samples * sampler.num_steps
+    models = 2 + (experiment.baseline is not None)
+    final_draws = models * settings.num_samples * settings.sampler.num_steps * 3
+    evaluations = solves * solve + banks + final_draws
+    size = plan.pretrained.model.space.dimension(1).item() * 4
+    memory = paths * sampler.num_steps * size * 4 + 3 * size * algorithm.num_samples
+    parameters = sum(p.numel() for p in plan.pretrained.model.net.parameters())
+    memory += 4 * 6 * (parameters + _count(plan)) + 2 * 1024 * sampler.num_steps * size
+    return Cost(evaluations, evaluations * _seconds_per_state(plan, paths), memory)
+
+
+@torch.no_grad()
+def _seconds_per_state(plan: Plan, batch: int) -> float:
+    """Median time of an evaluation, per state."""
+    model = plan.pretrained.model
+    generator = plan.seed.child("timing").generator(device_of(model))
+    x = model.space.noise(batch, generator)
+    t = torch.full((batch,), 0.5).to(x)
+    times = []
+    for _ in range(7):
+        start = time.perf_counter()
+        model.endpoint(x, t).sum().item()
+        times.append(time.perf_counter() - start)
+    return sorted(times)[3] / batch
+
+
+def _count(plan: Plan) -> int:
+    return sum(p.numel() for p in plan.pretrained.model.trainable.parameters())
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

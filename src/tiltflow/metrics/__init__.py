@@ -1,0 +1,9 @@
+"""Metrics: one function each, from numbers of samples to named estimates."""
+
+from __future__ import annotations
+
+from tiltflow.metrics.reward import reward
+from tiltflow.metrics.shares import shares
+from tiltflow.metrics.tails import left_cvar, right_cvar, tails
+
+__all__ = ["left_cvar", "reward", "right_cvar", "shares", "tails"]

@@ -1,0 +1,330 @@
+"""Potentials: functions of a state that something is to be raised by, known up to a constant."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol, final
+
+import torch
+from torch import Tensor
+
+from tiltflow.errors import CapabilityError, NonFiniteError, ShapeError
+from tiltflow.types import Access, Cond, expand_as
+
+
+class Potential(abc.ABC):
+    """A function phi: x -> R to be raised, known up to an additive constant.
+
+    It *offers* its value, its gradient, or both. A subclass writes ``_value``, ``_grad`` or both
+    and says so in ``offers``; callers use ``value`` and ``grad``, which check access, shapes and
+    finiteness. Potentials form a vector space: ``a + b``, ``a - b``, ``2 * a``. Equal terms are
+    collected, so that ``a - a`` is the zero potential, which offers everything.
+    """
+
+    @property
+    @abc.abstractmethod
+    def offers(self) -> Access:
+        """What this potential can compute."""
+
+    def _value(self, x: Tensor, cond: Cond | None) -> Tensor:
+        raise NotImplementedError
+
+    def _grad(self, x: Tensor, cond: Cond | None) -> Tensor:
+        raise NotImplementedError
+
+    def _value_and_grad(self, x: Tensor, cond: Cond | None) -> tuple[Tensor, Tensor]:
+        return self._value(x, cond), self._grad(x, cond)
+
+    @final
+    def value(self, x: Tensor, cond: Cond | None = None) -> Tensor:
+        """phi(x), (B, *event) -> (B,).
+
+        Raises:
+            CapabilityError: if this potential has no value.
+            ShapeError: if the result is not (B,).
+            NonFiniteError: if a value is NaN or infinite.
+        """
+        self.require(Access.VALUE)
+        return self._checked(self._value(x, cond), (x.shape[0],), "value")
+
+    @final
+    def grad(self, x: Tensor, cond: Cond | None = None) -> Tensor:
+        """Gradient of phi at each sample, (B, *event) -> (B, *event); raises like ``value``."""
+        self.require(Access.GRAD)
+        return self._checked(self._grad(x, cond), tuple(x.shape), "gradient")
+
+    @final
+    def value_and_grad(self, x: Tensor, cond: Cond | None = None) -> tuple[Tensor, Tensor]:
+        """Both sides for the price of one evaluation where that is possible."""
+        self.require(Access.BOTH)
+        value, grad = self._value_and_grad(x, cond)
+        return (
+            self._checked(value, (x.shape[0],), "value"),
+            self._checked(grad, tuple(x.shape), "gradient"),
+        )
+
+    @final
+    def require(self, needs: Access, user: str = "The caller") -> None:
+        """Raise ``CapabilityError`` unless everything in ``needs`` is offered."""
+        missing = needs & ~self.offers
+        if missing:
+            raise CapabilityError(
+                f"{user} needs {needs} of the potential {self}, which offers {self.offers}: "
+                f"{missing} is missing. Use a solver that does without it, or "
+                "a differentiable reward."
+            )
+
+    @final
+    def _checked(self, out: Tensor, shape: tuple[int, ...], quantity: str) -> Tensor:
+        if not isinstance(out, Tensor) or tuple(out.shape) != shape:
+            got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            raise ShapeError(
+                f"{type(self).__name__} returned a {quantity} of shape {got} where {shape} is "
+                "needed: one number per sample for values, one per entry of x for gradients."
+            )
+        if not bool(torch.isfinite(out).all()):
+            bad = int((~torch.isfinite(out.reshape(shape[0], -1)).all(1)).sum())
+            raise NonFiniteError(
+                f"{type(self).__name__}", f"{bad} of {shape[0]} samples", quantity,
+                "Return a finite number for bad states (a reward that can fail should give a "
+                "constant penalty with zero gradient).",
+            )  # fmt: skip
+        return out.detach()
+
+    def __add__(self, other: Potential) -> Potential:
+        return combine((1.0, self), (1.0, other))
+
+    def __sub__(self, other: Potential) -> Potential:
+        return combine((1.0, self), (-1.0, other))
+
+    def __mul__(self, scale: float) -> Potential:
+        return combine((float(scale), self))
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Potential:
+        return combine((-1.0, self))
+
+    def __str__(self) -> str:
+        return type(self).__name__
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Combination(Potential):
+    """sum_i c_i phi_i; offers what all of its terms offer. Built by ``combine``."""
+
+    terms: tuple[tuple[float, Potential], ...]
+
+    @property
+    def offers(self) -> Access:
+        offered = Access.BOTH
+        for _, term in self.terms:
+            offered &= term.offers
+        return offered
+
+    def _value(self, x: Tensor, cond: Cond | None) -> Tensor:
+        total = x.new_zeros(x.shape[0])
+        for scale, term in self.terms:
+            total = total + scale * term.value(x, cond)
+        return total
+
+    def _grad(self, x: Tensor, cond: Cond | None) -> Tensor:
+        total = torch.zeros_like(x)
+        for scale, term in self.terms:
+            total = total + scale * term.grad(x, cond)
+        return total
+
+    def _value_and_grad(self, x: Tensor, cond: Cond | None) -> tuple[Tensor, Tensor]:
+        value, grad = x.new_zeros(x.shape[0]), torch.zeros_like(x)
+        for scale, term in self.terms:
+            v, g = term.value_and_grad(x, cond)
+            value, grad = value + scale * v, grad + scale * g
+        return value, grad
+
+    def __str__(self) -> str:
+        return " + ".join(f"{c:.3g}·{term}" for c, term in self.terms) or "0"
+
+
+def combine(*parts: tuple[float, Potential]) -> Potential:
+    """The linear combination of ``(coefficient, potential)`` pairs, equal terms collected.
+
+    Equal means the same object. Terms whose coefficients cancel disappear: the difference of two
+    log-densities that share an unknown part is then known, although neither of them is.
+    """
+    terms: list[tuple[float, Potential]] = []
+    for scale, potential in parts:
+        inner = potential.terms if isinstance(potential, Combination) else ((1.0, potential),)
+        for factor, term in inner:
+            known = next((i for i, (_, t) in enumerate(terms) if t is term), None)
+            if known is None:
+                terms.append((scale * factor, term))
+            else:
+                terms[known] = (terms[known][0] + scale * factor, term)
+    # A coefficient that is rounding noise of the ones it was summed from counts as cancelled.
+    largest = max((abs(s) for s, _ in parts), default=0.0)
+    kept = tuple((c, term) for c, term in terms if abs(c) > 1e-12 * largest)
+    return kept[0][1] if len(kept) == 1 and kept[0][0] == 1.0 else Combination(kept)
+
+
+ZERO: Potential = Combination(())
+"""The potential 0, which offers everything."""
+
+
+class Reward(Potential):
+    """A differentiable reward: a subclass writes ``_value`` in torch, autograd does the rest."""
+
+    @property
+    def offers(self) -> Access:
+        return Access.BOTH
+
+    @final
+    def _grad(self, x: Tensor, cond: Cond | None) -> Tensor:
+        return self._value_and_grad(x, cond)[1]
+
+    @final
+    def _value_and_grad(self, x: Tensor, cond: Cond | None) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            value = self._value(leaf, cond)
+            if (
+                isinstance(value, Tensor)
+                and value.shape == x.shape[:1]
+                and not value.requires_grad
+            ):
+                raise CapabilityError(
+                    f"{type(self).__name__} has no gradient: its value does not depend on x "
+                    "through differentiable torch operations. Rewrite it in torch, or wrap it in "
+                    "BlackBox and use a solver that needs values only."
+                )
+            self._checked(value, (x.shape[0],), "value")
+            (grad,) = torch.autograd.grad(value.sum(), leaf)
+        return value.detach(), grad
+
+
+@final
+class Differentiable(Reward):
+    """A reward from a function of x (and conditions), differentiable in torch."""
+
+    def __init__(self, function: Callable[..., Tensor], *, takes_cond: bool = False) -> None:
+        """``function(x)``, or ``function(x, cond)`` with ``takes_cond``, returns (B,)."""
+        self._function, self._takes_cond = function, takes_cond
+
+    def _value(self, x: Tensor, cond: Cond | None) -> Tensor:
+        return self._function(x, cond) if self._takes_cond else self._function(x)
+
+
+@final
+class BlackBox(Potential):
+    """A reward of which only values are known; for solvers that need no gradient."""
+
+    def __init__(self, function: Callable[..., Tensor], *, takes_cond: bool = False) -> None:
+        """``function(x)``, or ``function(x, cond)`` with ``takes_cond``, returns (B,)."""
+        self._function, self._takes_cond = function, takes_cond
+
+    @property
+    def offers(self) -> Access:
+        return Access.VALUE
+
+    def _value(self, x: Tensor, cond: Cond | None) -> Tensor:
+        with torch.no_grad():
+            return self._function(x, cond) if self._takes_cond else self._function(x)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Hinge(Potential):
+    """One side of a reward, scaled: the first variation of a tail expectation.
+
+    ``side="above"``: slope * (r - threshold)_+ ; ``side="below"``: -slope * (threshold - r)_+.
+    Both are non-decreasing in r. The gradient is slope * grad r on the active side, else 0.
+    """
+
+    reward: Potential
+    threshold: float
+    slope: float
+    side: Literal["above", "below"]
+
+    @property
+    def offers(self) -> Access:
+        # The gradient needs the value too: it decides which side a sample is on.
+        return self.reward.offers if Access.VALUE in self.reward.offers else Access.NONE
+
+    def active(self, x: Tensor, cond: Cond | None = None) -> Tensor:
+        """Which samples feel the hinge, (B,) of bool."""
+        r = self.reward.value(x, cond)
+        return r > self.threshold if self.side == "above" else r < self.threshold
+
+    def _excess(self, r: Tensor) -> Tensor:
+        over = r - self.threshold
+        return self.slope * (over.clamp(min=0) if self.side == "above" else over.clamp(max=0))
+
+    def _value(self, x: Tensor, cond: Cond | None) -> Tensor:
+        return self._excess(self.reward.value(x, cond))
+
+    def _grad(self, x: Tensor, cond: Cond | None) -> Tensor:
+        return self._value_and_grad(x, cond)[1]
+
+    def _value_and_grad(self, x: Tensor, cond: Cond | None) -> tuple[Tensor, Tensor]:
+        r, g = self.reward.value_and_grad(x, cond)
+        active = r > self.threshold if self.side == "above" else r < self.threshold
+        return self._excess(r), expand_as(self.slope * active.to(g), g) * g
+
+    def __str__(self) -> str:
+        return f"Hinge({self.reward}, {self.side} {self.threshold:.4g})"
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Decoded(Potential):
+    """A reward on decoded states: phi(decode(x)), e.g. of an image behind an auto-encoder."""
+
+    reward: Potential
+    decode: Callable[[Tensor], Tensor]
+
+    @property
+    def offers(self) -> Access:
+        return self.reward.offers
+
+    def _value(self, x: Tensor, cond: Cond | None) -> Tensor:
+        with torch.no_grad():
+            return self.reward.value(self.decode(x), cond)
+
+    def _grad(self, x: Tensor, cond: Cond | None) -> Tensor:
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            y = self.decode(leaf)
+        (grad,) = torch.autograd.grad(y, leaf, self.reward.grad(y.detach(), cond))
+        return grad
+
+    def __str__(self) -> str:
+        return f"Decoded({self.reward})"
+
+
+class StepReward(Protocol):
+    """A running reward f(x, t, s) earned on the step t -> s (already times the step's length)."""
+
+    def value(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
+        """(B, *event), (B,), (B,) -> (B,)."""
+        ...
+
+    def grad(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
+        """Gradient in x, (B, *event)."""
+        ...
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Rate(StepReward):
+    """A running reward from a rate: f(x, t, s) = (s - t) * weight(t) * potential(x)."""
+
+    potential: Potential
+    weight: Callable[[Tensor], Tensor] = torch.ones_like
+
+    def value(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
+        return (s - t) * self.weight(t) * self.potential.value(x, cond)
+
+    def grad(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
+        return expand_as((s - t) * self.weight(t), x) * self.potential.grad(x, cond)

@@ -1,0 +1,203 @@
+"""Keep what a run does: lines in the metrics, snapshots, finished solves, time."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import torch
+from torch import nn
+
+from tiltflow.algorithms.mirror_descent import Iterate
+from tiltflow.context import Context, SingleProcess, Snapshot, Step
+from tiltflow.experiment import Plan
+from tiltflow.flow import FlowModel
+from tiltflow.problem import Solution
+from tiltflow.rundir import RunDirectory, Solved, iteration_name
+from tiltflow.types import Estimate
+
+LINES_PER_TRAINING = 200
+"""Updates of one training that get a line in the metrics, at most (about)."""
+
+
+@final
+@dataclass(frozen=True)
+class Progress:
+    """A sign of life: stage (``"iteration 2/6"``, ``"baseline"``, ...), done, total."""
+
+    stage: str
+    done: int
+    total: int
+    stats: Mapping[str, float] = field(default_factory=dict)
+
+
+def _ignore(progress: Progress) -> None:
+    """Default of ``on_progress``."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Drive:
+    """How a run is driven, as opposed to what it computes.
+
+    Args:
+        device: where networks live.
+        snapshot_seconds: least time between two snapshots.
+        on_progress: called often.
+    """
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    snapshot_seconds: float = 10.0
+    on_progress: Callable[[Progress], None] = _ignore
+
+
+@final
+class Recorder:
+    """Turns callbacks of solvers and loops into lines, snapshots, and progress."""
+
+    def __init__(self, plan: Plan, directory: RunDirectory, drive: Drive) -> None:
+        self.plan, self.directory, self.drive = plan, directory, drive
+        self.stopwatch = Stopwatch(directory, plan)
+        self.solved = finished_iterations(plan, directory)
+        self.baseline = directory.load_solved(
+            "baseline", plan.pretrained.model.trainable.state_dict()
+        )
+        self.resume = self._cut()
+        # Until the training of the snapshot comes up, everything that happens (a refused attempt,
+        # say) has been recorded by the process before.
+        self.silent = self.resume is not None
+        self.saved_at = time.monotonic()
+        self.iteration = len(self.solved)
+
+    def _cut(self) -> Snapshot | None:
+        """Bring the metrics to the furthest checkpoint; its snapshot where it is one."""
+        ends = [s.offset for s in (*self.solved, self.baseline) if s is not None]
+        offset, snapshot = max(ends, default=0), None
+        if self.baseline is None:
+            latest = self.directory.load_snapshot()
+            # A snapshot from before the last finished solve has nothing left to say.
+            if latest is not None and latest[1] > offset:
+                snapshot, offset = latest
+        self.directory.cut(offset)
+        return snapshot
+
+    def context(self) -> Context:
+        """The root context of all solves."""
+        backend = SingleProcess(self.drive.device, self.plan.experiment.precision)
+        return Context(self.plan.seed.child("run"), backend, self.resume, self.on_step)
+
+    def on_step(self, step: Step) -> None:
+        if self.silent and self.resume is not None:
+            self.silent = step.address != self.resume.address
+        stage = self._stage(step.address)
+        self.drive.on_progress(Progress(stage, step.update, step.total, step.stats))
+        if self.silent:
+            return
+        every = max(1, step.total // LINES_PER_TRAINING)
+        if step.update % every == 0 or step.update in (1, step.total):
+            self.line(
+                kind="update", at="/".join(step.address[1:]), update=step.update,
+                stats={k: v for k, v in step.stats.items() if not k.endswith("seconds")},
+            )  # fmt: skip
+        late = time.monotonic() - self.saved_at >= self.drive.snapshot_seconds
+        # Not after the last update: a resumed training should have a step left to speak up with.
+        if step.snapshot is not None and late and step.update < step.total:
+            self.directory.save_snapshot(step.snapshot())
+            self.stopwatch.lap("training" if stage != "baseline" else stage)
+            self.saved_at = time.monotonic()
+
+    def passed(self, address: tuple[str, ...]) -> None:
+        """A training is over: what follows the one of the snapshot has not been recorded yet."""
+        if self.resume is not None and address == self.resume.address:
+            self.silent = False
+
+    def on_iterate(self, number: int, iterate: Iterate[FlowModel]) -> None:
+        solution = iterate.solution
+        notes = {
+            "rate": iterate.rate, "objective": plain_json(iterate.objective),
+            "stationarity": plain_json(iterate.stationarity),
+            "step_kl": plain_json(iterate.step_kl), "result": solution.result.name,
+        }  # fmt: skip
+        self.line(kind="iteration", number=number, **notes, stats=dict(solution.stats))
+        self.save(iteration_name(number), solution, notes)
+        self.stopwatch.lap("training")
+        self.iteration = number + 1
+
+    def save(self, name: str, solution: Solution[FlowModel], notes: Mapping[str, Any]) -> None:
+        """Keep a finished solve; what the next one records comes after it."""
+        tensors = solution.model.trainable.state_dict()
+        self.directory.save_solved(
+            name,
+            Solved(tensors, solution.result, solution.stats, notes, self.directory.offset()),
+        )
+        self.silent = False
+
+    def line(self, **record: Any) -> None:
+        self.directory.append(self.directory.metrics, plain_json(record))
+
+    def _stage(self, address: tuple[str, ...]) -> str:
+        if "baseline" in address:
+            return "baseline"
+        total = self.plan.experiment.algorithm.num_iterations
+        return f"iteration {min(self.iteration + 1, total)}/{total}"
+
+
+def finished_iterations(plan: Plan, directory: RunDirectory) -> list[Solved]:
+    """The finished iterations, without a gap."""
+    found: list[Solved] = []
+    while True:
+        solved = directory.load_solved(
+            iteration_name(len(found)), plan.pretrained.model.trainable.state_dict()
+        )
+        if solved is None:
+            return found
+        found.append(solved)
+
+
+def plain_json(value: Any) -> Any:
+    """Plain data: estimates as tables, numbers that JSON does not know as ``null``."""
+    if isinstance(value, Estimate):
+        return plain_json(dataclasses.asdict(value))
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(k): plain_json(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_json(v) for v in value]
+    return value
+
+
+@final
+class Stopwatch:
+    """Wall seconds, CPU seconds and network evaluations, lap by lap, into ``timing.jsonl``."""
+
+    def __init__(self, directory: RunDirectory, plan: Plan) -> None:
+        self._directory, self._counter = directory, [0]
+        count_evaluations(plan.pretrained.model.net, self._counter)
+        self._last = self._now()
+
+    def _now(self) -> tuple[float, float, int]:
+        return time.monotonic(), time.process_time(), self._counter[0]
+
+    def lap(self, stage: str) -> None:
+        """Book the time since the last lap on a stage."""
+        now = self._now()
+        wall, cpu, evaluations = (a - b for a, b in zip(now, self._last, strict=True))
+        self._last = now
+        self._directory.append(
+            self._directory.timing,
+            {"stage": stage, "wall_seconds": wall, "cpu_seconds": cpu, "evaluations": evaluations},
+        )
+
+
+def count_evaluations(net: nn.Module, counter: list[int]) -> None:
+    """Add the batch size of each forward call of ``net`` (and of its copies) to ``counter[0]``."""
+
+    def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        counter[0] += len(inputs[0])
+
+    net.register_forward_hook(hook)

@@ -1,0 +1,211 @@
+"""The evaluation of a run, as plain data: ``report.json``, everything that the report shows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from tiltflow.adapters.checkpoint import save_tensors
+from tiltflow.density import Empirical
+from tiltflow.diagnosis import Facts, Finding, diagnose
+from tiltflow.errors import ConfigError
+from tiltflow.evaluation import Drawn, class_shares, compare, draw, measure, tilt
+from tiltflow.experiment import Plan
+from tiltflow.flow import FlowModel
+from tiltflow.potential import Potential
+from tiltflow.problem import Solution
+from tiltflow.recorder import Drive, Progress, Stopwatch, finished_iterations, plain_json
+from tiltflow.run import Outcome
+from tiltflow.rundir import RunDirectory
+from tiltflow.runfile import nearest, write_toml
+from tiltflow.types import Access, Estimate
+
+Numbers = Mapping[str, Estimate]
+
+
+def evaluate(
+    plan: Plan, outcome: Outcome, directory: RunDirectory, drive: Drive
+) -> dict[str, Any]:
+    """Measure every model of a run; write samples, lines of the metrics and ``report.json``.
+
+    Returns:
+        the content of ``report.json``.
+
+    Raises:
+        ConfigError: if ``[expect]`` names a metric that does not exist.
+    """
+    stopwatch = Stopwatch(directory, plan)
+    models = {"pretrained": plan.pretrained.model, "tuned": outcome.tuned.model}
+    if outcome.baseline is not None:
+        models["baseline"] = outcome.baseline.model
+    drawn = {name: _draw(plan, name, model, drive) for name, model in models.items()}
+    numbers = {name: _numbers(plan, each, drawn["pretrained"]) for name, each in drawn.items()}
+    numbers["tuned"] |= _achieved(plan, outcome.tuned, drawn["tuned"])
+    if outcome.baseline is not None and outcome.baseline_rate is not None:
+        numbers["baseline"] |= _baseline_tilt(plan, outcome.baseline_rate, drawn["baseline"])
+    shares = _shares(plan, drawn)
+    expectations = _expectations(plan, numbers)
+    findings = _findings(plan, outcome, directory, numbers, shares)
+    for name, each in numbers.items():
+        directory.append(
+            directory.metrics, {"kind": "evaluation", "model": name, "numbers": plain_json(each)}
+        )
+    for name, each_drawn in drawn.items():
+        _save_samples(directory, name, each_drawn, plan.experiment.evaluate.keep)
+    stopwatch.lap("evaluation")
+    report = _assemble(plan, outcome, directory, numbers, shares, expectations, findings)
+    directory.write_json(directory.report, report)
+    return report
+
+
+def _draw(plan: Plan, name: str, model: FlowModel, drive: Drive) -> Drawn:
+    settings = plan.experiment.evaluate
+    sampler = settings.sampler
+
+    def on_batch(done: int) -> None:
+        drive.on_progress(Progress(f"evaluation of {name}", done, settings.num_samples))
+
+    return draw(
+        model, plan.pretrained.model, plan.reward, plan.pretrained.judges,
+        sampler=sampler,
+        path_sampler=sampler if sampler.kernel.memoryless else plan.training_sampler,
+        count=settings.num_samples, seed=plan.seed.child("evaluation"), on_batch=on_batch,
+    )  # fmt: skip
+
+
+def _numbers(plan: Plan, drawn: Drawn, before: Drawn) -> dict[str, Estimate]:
+    levels = plan.experiment.evaluate.levels
+    own = measure(drawn, levels)
+    return own if drawn is before else own | compare(drawn, before, levels)
+
+
+def _achieved(plan: Plan, tuned: Solution[FlowModel], drawn: Drawn) -> dict[str, Estimate]:
+    """Tilt towards the optimum of the objective, delta F / weight at the tuned density.
+
+    It is known where the divergences are all from the pre-trained model (the optimum is then a
+    tilt of it) and where the utility's first variation has values.
+    """
+    objective = plan.experiment.objective
+    anchored = all(
+        getattr(term.functional, "prior", None) is plan.prior for term in objective.divergences
+    )
+    density = Empirical(drawn.points)
+    if not (anchored and objective.weight > 0):
+        return {}
+    if Access.VALUE not in objective.utility.offers(Access.NONE):
+        return {}
+    target = (1 / objective.weight) * objective.utility.first_variation(density)
+    return tilt(drawn, target)
+
+
+def _baseline_tilt(plan: Plan, rate: float, drawn: Drawn) -> dict[str, Estimate]:
+    baseline = plan.experiment.baseline
+    assert baseline is not None
+    target: Potential = rate * baseline.utility.first_variation(plan.prior)
+    return tilt(drawn, target)
+
+
+def _shares(plan: Plan, drawn: Mapping[str, Drawn]) -> dict[str, dict[str, Estimate]]:
+    classify, names = plan.pretrained.classify, plan.pretrained.classes
+    if classify is None:
+        return {}
+    return {name: class_shares(classify(each.points), names) for name, each in drawn.items()}
+
+
+def flat(numbers: Mapping[str, Numbers]) -> dict[str, Estimate]:
+    """All numbers by name: those of the tuned model bare, those of others with a prefix."""
+    out = dict(numbers["tuned"])
+    for model, each in numbers.items():
+        out |= {f"{model}.{name}": estimate for name, estimate in each.items()}
+    return out
+
+
+def _expectations(plan: Plan, numbers: Mapping[str, Numbers]) -> list[dict[str, Any]]:
+    known, verdicts = flat(numbers), []
+    for name, expected in plan.experiment.expect.items():
+        if name not in known:
+            raise ConfigError(f"expect.{name}: there is no such metric. {nearest(name, known)}")
+        measured = known[name]
+        verdicts.append({
+            "metric": name, "value": expected.value, "within": expected.within,
+            "from": expected.from_, "measured": plain_json(measured),
+            "met": bool(abs(measured.value - expected.value) <= expected.within),
+        })  # fmt: skip
+    return verdicts
+
+
+def _findings(
+    plan: Plan,
+    outcome: Outcome,
+    directory: RunDirectory,
+    numbers: Mapping[str, Numbers],
+    shares: Mapping[str, Numbers],
+) -> list[Finding]:
+    updates = [r for r in directory.records(directory.metrics) if r["kind"] == "update"]
+    # How many samples had a gradient is known of updates only; the last one of the main solve.
+    last = [r["stats"] for r in updates if str(r["at"]).startswith("iteration")][-1:]
+    active = {k: v for stats in last for k, v in stats.items() if k == "active"}
+    facts = Facts(
+        before=numbers["pretrained"], after=numbers["tuned"],
+        shares_before=shares.get("pretrained", {}), shares_after=shares.get("tuned", {}),
+        result=outcome.tuned.result, stats={**active, **outcome.tuned.stats},
+        num_samples=plan.experiment.evaluate.num_samples,
+        judges=tuple(plan.pretrained.judges), baseline=numbers.get("baseline"),
+    )  # fmt: skip
+    return diagnose(facts)
+
+
+def _save_samples(directory: RunDirectory, name: str, drawn: Drawn, keep: int) -> None:
+    tensors: dict[str, Tensor] = {"points": drawn.points[:keep], "rewards": drawn.rewards}
+    save_tensors(directory.samples / f"{name}.safetensors", tensors)
+
+
+def _assemble(
+    plan: Plan,
+    outcome: Outcome,
+    directory: RunDirectory,
+    numbers: Mapping[str, Numbers],
+    shares: Mapping[str, Numbers],
+    expectations: list[dict[str, Any]],
+    findings: list[Finding],
+) -> dict[str, Any]:
+    solves = {
+        name: {"result": each.result.name, "says": each.result.value, "stats": dict(each.stats)}
+        for name, each in (("tuned", outcome.tuned), ("baseline", outcome.baseline))
+        if each is not None
+    }
+    report: dict[str, Any] = plain_json({
+        "name": plan.experiment.name,
+        "objective": str(plan.objective),
+        "utility": str(plan.experiment.objective.utility),
+        "reward": str(plan.reward),
+        "solver": type(plan.experiment.solver).__name__,
+        "levels": list(plan.experiment.evaluate.levels),
+        "picture": plan.pretrained.picture,
+        "classes": list(plan.pretrained.classes),
+        "judges": list(plan.pretrained.judges),
+        "numbers": numbers, "shares": shares, "solves": solves,
+        "baseline_rate": outcome.baseline_rate,
+        "iterations": [
+            {**s.notes, "stats": s.stats} for s in finished_iterations(plan, directory)
+        ],
+        "expectations": expectations,
+        "findings": [dataclasses.asdict(f) for f in findings],
+        "cost": cost(directory),
+        "config": write_toml(plan.resolved),
+    })  # fmt: skip
+    return report
+
+
+def cost(directory: RunDirectory) -> dict[str, dict[str, float]]:
+    """Wall seconds, CPU seconds and network evaluations by stage, over all processes of a run."""
+    total: dict[str, dict[str, float]] = {}
+    for lap in directory.records(directory.timing):
+        stage = total.setdefault(str(lap["stage"]), {})
+        for key, value in lap.items():
+            if key != "stage":
+                stage[key] = stage.get(key, 0) + value
+    return total

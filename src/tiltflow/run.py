@@ -1,0 +1,222 @@
+"""Do what a run file says, in a directory, so that a kill at any moment loses only seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+
+from tiltflow.algorithms.mirror_descent import mirror_descent
+from tiltflow.density import Density, FlowDensity
+from tiltflow.environment import environment
+from tiltflow.errors import CapabilityError, ConfigError
+from tiltflow.evaluation import matching_rate, tilt_kl
+from tiltflow.experiment import Plan
+from tiltflow.flow import FlowModel, freeze
+from tiltflow.potential import Potential
+from tiltflow.problem import ControlProblem, Result, Solution
+from tiltflow.recorder import Drive, Recorder, finished_iterations
+from tiltflow.rundir import RunDirectory, Solved
+from tiltflow.sample import Sampler, path_kl
+from tiltflow.seed import Seed
+from tiltflow.tables import Baseline, MirrorDescent
+from tiltflow.types import Access, Estimate
+
+
+@final
+@dataclass(frozen=True)
+class Outcome:
+    """What a run trained: the tuned model, and the baseline with its rate where there is one."""
+
+    tuned: Solution[FlowModel]
+    baseline: Solution[FlowModel] | None = None
+    baseline_rate: float | None = None
+
+
+def check(plan: Plan) -> Access:
+    """Raise ``CapabilityError`` if the parts do not fit, and probe the reward on a few samples.
+
+    Returns:
+        what the first variation of the objective offers at the pre-trained density.
+    """
+    experiment = plan.experiment
+    offered = plan.objective.offers_at(plan.prior)
+    needs, user = experiment.solver.needs, type(experiment.solver).__name__
+    if needs & ~offered:
+        raise CapabilityError(
+            f"{user} needs {needs} of the objective's first variation, but {plan.objective} "
+            f"offers {offered} here. Use a solver that does without, or a differentiable reward."
+        )
+    plan.reward.require(Access.VALUE, "The evaluation")
+    seed = plan.seed.child("probe")
+    x = Sampler(num_steps=4).sample(plan.pretrained.model, 4, seed=seed)
+    plan.reward.value(x)
+    if experiment.baseline is not None:
+        utility = experiment.baseline.utility
+        missing = (needs | Access.VALUE) & ~utility.offers_at(plan.prior)
+        if missing:
+            raise CapabilityError(
+                f"baseline.utility: {utility} lacks {missing}, needed by {user}."
+            )
+    if Access.GRAD in needs and Access.GRAD in plan.reward.offers:
+        plan.reward.grad(x)
+    return offered
+
+
+def train(plan: Plan, directory: RunDirectory, drive: Drive) -> Outcome:
+    """All solves of a run; continues where an earlier process stopped.
+
+    The directory must be claimed and locked by the caller.
+
+    Raises:
+        CheckpointError: if a checkpoint is damaged or the disk is full.
+    """
+    check(plan)
+    record_environment(directory, drive.device)
+    recorder = Recorder(plan, directory, drive)
+    tuned = _tune(plan, directory, recorder)
+    if plan.experiment.baseline is None:
+        return Outcome(tuned)
+    rate, baseline = _compare(plan, plan.experiment.baseline, tuned, directory, recorder)
+    return Outcome(tuned, baseline, rate)
+
+
+def restore(plan: Plan, directory: RunDirectory) -> Outcome:
+    """The models of a finished run.
+
+    Raises:
+        CheckpointError: if there is no finished iteration.
+    """
+    solved = finished_iterations(plan, directory)
+    if not solved:
+        raise ConfigError(
+            f"{directory.path} has no finished iteration yet. Run `tiltflow run` on it first."
+        )
+    tuned = _solution(plan, solved[-1])
+    other = directory.load_solved("baseline", plan.pretrained.model.trainable.state_dict())
+    if other is None:
+        return Outcome(tuned)
+    return Outcome(tuned, _solution(plan, other), float(other.notes["rate"]))
+
+
+def record_environment(directory: RunDirectory, device: torch.device) -> None:
+    """Write the environment, or note that the run was continued in another one."""
+    now, before = environment(device), directory.read_json(directory.environment)
+    if before is None:
+        directory.write_json(directory.environment, now)
+        return
+    known = [{k: v for k, v in before.items() if k != "continued_in"}]
+    known += before.get("continued_in", [])
+    if now not in known:
+        later = [*before.get("continued_in", []), now]
+        directory.write_json(directory.environment, {**before, "continued_in": later})
+
+
+def _tune(plan: Plan, directory: RunDirectory, recorder: Recorder) -> Solution[FlowModel]:
+    """The main solve."""
+    algorithm = plan.experiment.algorithm
+    completed = [_solution(plan, solved) for solved in recorder.solved]
+    if completed and _ended(algorithm, recorder.solved):
+        return completed[-1]
+    solution: Solution[FlowModel] = mirror_descent(
+        plan.objective, plan.pretrained.model, plan.experiment.solver,
+        algorithm.schedule_of_rates(plan.experiment.objective.weight),
+        density=_density(plan), context=recorder.context(), prior=plan.prior,
+        num_iterations=algorithm.num_iterations, form=algorithm.form,
+        tolerance=algorithm.tolerance, completed=completed, on_iterate=recorder.on_iterate,
+    )  # fmt: skip
+    return solution
+
+
+def _ended(algorithm: MirrorDescent, solved: Sequence[Solved]) -> bool:
+    """Whether no iteration is left: by number, by tolerance, or because the solver gave up."""
+    stationarity = solved[-1].notes["stationarity"]
+    return (
+        len(solved) >= algorithm.num_iterations
+        or solved[-1].result in (Result.STARVED, Result.DEGENERATE)
+        or (stationarity is not None and stationarity < algorithm.tolerance)
+    )
+
+
+def _density(plan: Plan) -> Callable[[FlowModel, Seed], Density]:
+    algorithm, sampler = plan.experiment.algorithm, plan.training_sampler
+
+    def density(model: FlowModel, seed: Seed) -> Density:
+        return FlowDensity(
+            model, sampler=sampler, num_samples=algorithm.num_samples, seed=seed,
+            score_time=algorithm.score_time,
+        )  # fmt: skip
+
+    return density
+
+
+ATTEMPTS = 4
+"""Solves that a baseline may take to come as far as the main result."""
+
+
+def _compare(
+    plan: Plan,
+    settings: Baseline,
+    tuned: Solution[FlowModel],
+    directory: RunDirectory,
+    recorder: Recorder,
+) -> tuple[float, Solution[FlowModel]]:
+    """The baseline: one solve of the pre-trained model, at a matched distance."""
+    if recorder.baseline is not None:
+        return float(recorder.baseline.notes["rate"]), _solution(plan, recorder.baseline)
+    potential = settings.utility.first_variation(plan.prior)
+    rate: float | None = settings.rate
+    notes: dict[str, float | str] = {}
+    if rate is None:
+        rate, matched = _matched(plan, settings, potential, tuned.model)
+        notes.update(matched)
+    solution: Solution[FlowModel] | None = None
+    for attempt in range(ATTEMPTS):
+        context = recorder.context().child("baseline", attempt)
+        solution = plan.experiment.solver.solve(
+            ControlProblem(plan.pretrained.model, rate * potential), context,
+            init=None if solution is None else solution.model,
+        )  # fmt: skip
+        recorder.passed(context.seed.path)
+        # A trained model is not as far as the exact tilt: go on from it with another rate.
+        missed = float(notes.get("matched_kl", 0.0)) / max(solution.stats["path_kl"], 1e-9)
+        if settings.rate is not None or attempt + 1 == ATTEMPTS or 0.9 < missed < 1.1:
+            break
+        rate *= min(max(missed**0.7, 0.2), 5.0)
+    assert solution is not None
+    notes |= {"rate": rate, "result": solution.result.name}
+    recorder.silent = False
+    recorder.line(kind="baseline", **notes, stats=dict(solution.stats))
+    recorder.save("baseline", solution, notes)
+    recorder.stopwatch.lap("baseline")
+    return rate, solution
+
+
+def _matched(
+    plan: Plan, settings: Baseline, potential: Potential, tuned: FlowModel
+) -> tuple[float, dict[str, float]]:
+    """The rate at which the exact tilt is as far from the pre-trained model as ``tuned`` is."""
+    sampler, count = plan.training_sampler, settings.num_samples
+    seed = plan.seed.child("baseline", "bank")
+    bank = sampler.sample(plan.pretrained.model, count, seed=seed)
+    values = potential.value(bank).cpu()
+    kl = _measured_kl(plan, tuned)
+    rate = matching_rate(values, kl.value)
+    return rate, {"matched_kl": kl.value, "tilt_kl": tilt_kl(values, rate)}
+
+
+def _measured_kl(plan: Plan, tuned: FlowModel) -> Estimate:
+    sampler = plan.training_sampler
+    return path_kl(
+        tuned, plan.pretrained.model, sampler=sampler,
+        count=min(plan.experiment.evaluate.num_samples, sampler.batch_size),
+        seed=plan.seed.child("baseline", "path_kl"),
+    )  # fmt: skip
+
+
+def _solution(plan: Plan, solved: Solved) -> Solution[FlowModel]:
+    model = plan.pretrained.model.clone()
+    model.trainable.load_state_dict(dict(solved.tensors))
+    return Solution(freeze(model), solved.result, solved.stats)

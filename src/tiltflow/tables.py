@@ -1,0 +1,194 @@
+"""The tables of a run file: frozen dataclasses whose arguments are its keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, final
+
+from tiltflow.algorithms.rates import RateRule
+from tiltflow.errors import ConfigError
+from tiltflow.flow import FlowModel
+from tiltflow.functional import Functional
+from tiltflow.models import Model
+from tiltflow.potential import Potential
+from tiltflow.problem import Solver
+from tiltflow.sample import Sampler
+from tiltflow.signatures import Weighted
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """G = utility - sum_i weight_i divergence_i.
+
+    Args:
+        utility: what is raised.
+        divergences: each a table with ``kind``, ``weight`` and the divergence's own arguments.
+    """
+
+    utility: Functional
+    divergences: tuple[Weighted, ...] = ()
+
+    @property
+    def functional(self) -> Functional:
+        """The objective as one expression."""
+        total = self.utility
+        for term in self.divergences:
+            total = total - term.weight * term.functional
+        return total
+
+    @property
+    def weight(self) -> float:
+        """Sum of the weights of the divergences."""
+        return sum(term.weight for term in self.divergences)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class MirrorDescent:
+    """Settings of ``algorithms.mirror_descent``.
+
+    Args:
+        num_iterations: outer iterations.
+        rates: one step size per iteration; or
+        rate: a rule that chooses them. With neither, one iteration at 1/weight.
+        num_samples: size of the bank that each linearisation is estimated from.
+        score_time: time at which scores are read.
+        form: how a step is posed, see ``mirror_descent``.
+        tolerance: stop when the objective is stationary to within this.
+    """
+
+    kind: Literal["mirror_descent"] = "mirror_descent"
+    num_iterations: int = 1
+    rates: tuple[float, ...] | None = None
+    rate: RateRule | None = None
+    num_samples: int = 4096
+    score_time: float = 0.99
+    form: Literal["anchored", "successive"] = "anchored"
+    tolerance: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.num_iterations < 1 or self.num_samples < 2:
+            raise ConfigError("num_iterations must be at least 1 and num_samples at least 2.")
+        if self.rates is not None and self.rate is not None:
+            raise ConfigError("give either rates (numbers) or rate (a rule), not both.")
+        if self.rates is not None and len(self.rates) != self.num_iterations:
+            raise ConfigError(
+                f"rates has {len(self.rates)} entries, but num_iterations is "
+                f"{self.num_iterations}; give one rate per iteration."
+            )
+        if self.rates is not None and min(self.rates) <= 0:
+            raise ConfigError("rates must be positive.")
+        if self.rates is None and self.rate is None and self.num_iterations > 1:
+            raise ConfigError(
+                f"{self.num_iterations} iterations need rates = [...] (one per iteration) or "
+                'rate = { kind = "PathKLBound", ... }.'
+            )
+
+    def schedule_of_rates(self, weight: float) -> Sequence[float] | RateRule:
+        """The rates, or 1/weight where the file leaves a single one open."""
+        if self.rate is not None:
+            return self.rate
+        if self.rates is not None:
+            return self.rates
+        if weight <= 0:
+            raise ConfigError(
+                "algorithm.rates: missing. Without a divergence there is no weight to derive the "
+                "rate 1/weight from; give rates = [...]."
+            )
+        return (1 / weight,)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """How the result is measured.
+
+    Args:
+        num_samples: samples of each model, drawn with common random numbers.
+        sampler: how they are drawn; its path laws give the path-KL.
+        levels: CVaR levels of the tails, e.g. 0.1 for the worst and the best tenth.
+        reward: what is reported as the reward; default: the utility's.
+        keep: samples kept of each model, for the report's pictures.
+    """
+
+    num_samples: int = 4096
+    sampler: Sampler = field(default_factory=Sampler)
+    levels: tuple[float, ...] = (0.1,)
+    reward: Potential | None = None
+    keep: int = 4096
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 16:
+            raise ConfigError("num_samples must be at least 16.")
+        if not self.levels or any(not 0 < level <= 0.5 for level in self.levels):
+            raise ConfigError("levels must lie in (0, 0.5].")
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Baseline:
+    """A comparison: one solve for another utility, at a matched distance from the pre-trained.
+
+    Args:
+        utility: usually ``ExpectedReward``.
+        match: ``"path_kl"`` chooses the rate so that the exact tilt is as far (in KL) from the
+            pre-trained model as the main result, and corrects it where the trained one is not, a
+            few times; ``"rate"`` takes ``rate``.
+        rate: used with ``match = "rate"``.
+        num_samples: pre-trained samples from which the KL of the exact tilt is estimated.
+    """
+
+    utility: Functional
+    match: Literal["path_kl", "rate"] = "path_kl"
+    rate: float | None = None
+    num_samples: int = 16384
+
+    def __post_init__(self) -> None:
+        if (self.match == "rate") != (self.rate is not None):
+            raise ConfigError('give rate together with match = "rate", and only then.')
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Expected:
+    """A number that the evaluation must reproduce: |measured - value| <= within."""
+
+    value: float
+    within: float
+    from_: str = ""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """A run file.
+
+    Args:
+        name: of the run; its directory is ``runs/<name>``.
+        seed: root of all random streams.
+        precision: of the networks, ``"fp32"`` or ``"bf16"``.
+        models: by name; ``pretrained`` is the one that is tuned.
+        objective: what is maximised.
+        algorithm: the outer loop.
+        solver: the inner solver.
+        evaluate: how the result is measured.
+        baseline: an optional comparison.
+        expect: numbers that ``evaluate`` compares with, by metric name.
+    """
+
+    name: str = "run"
+    seed: int = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    models: Mapping[str, Model]
+    objective: Objective
+    algorithm: MirrorDescent = field(default_factory=MirrorDescent)
+    solver: Solver[FlowModel]
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    baseline: Baseline | None = None
+    expect: Mapping[str, Expected] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.name or any(c in self.name for c in "/\\\0"):
+            raise ConfigError("name: must be a file name without slashes.")
