@@ -98,7 +98,7 @@ def variants() -> dict[str, AdjointMatching]:
     default = AdjointMatching()
     return {
         "default": default,
-        "`adjoint_clip=30`": replace(default, adjoint_clip=30.0),
+        "`clip=30`": replace(default, clip=30.0),
         "`use_values=False` (the paper's)": replace(default, use_values=False),
     }
 

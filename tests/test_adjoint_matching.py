@@ -293,7 +293,7 @@ def test_modes_are_re_weighted() -> None:
     exact = float(tilted.expect(lambda x, cond: (x[:, 0] > 0).double()))
     assert exact == pytest.approx(0.9, abs=0.003)
     torch.manual_seed(0)
-    solver = quick(800, 5e-3, sampler=Sampler(), adjoint_floor=0.02)
+    solver = quick(800, 5e-3, sampler=Sampler())
     out = solve(mixture.flow(), reward, solver)
     x = Sampler().sample(out.model, 20_000, seed=SEED)
     assert float((x > 0).float().mean()) == pytest.approx(exact, abs=0.04)
@@ -512,7 +512,7 @@ def test_accumulation() -> None:
 
 def test_chunks_train_alike() -> None:
     """Bounded memory does not change the result beyond Monte Carlo."""
-    out = solve(affine(), LinearReward(1.0), quick(300, chunk=100))
+    out = solve(affine(), LinearReward(1.0), quick(chunk=100))
     assert law(out.model)[0] == pytest.approx(1.0121, abs=0.03)
 
 
@@ -605,7 +605,7 @@ def test_only_memoryless_kernels(kernel: Any) -> None:
     ("name", "value"),
     [
         ("num_trajectories", 1), ("updates_per_rollout", 0), ("late", 0.0), ("early", 1.1),
-        ("adjoint_clip", 0.0), ("adjoint_floor", -0.1), ("min_effective", 1.0), ("replay", -1),
+        ("clip", 0.0), ("min_effective", 1.0), ("replay", -1),
         ("chunk", 0), ("tolerance", -1.0), ("num_evaluate", 1),
     ],
 )  # fmt: skip

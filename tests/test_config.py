@@ -70,11 +70,11 @@ def test_a_resolved_file_resolves_to_itself() -> None:
 
 def test_none_can_be_said_and_survives() -> None:
     """``None`` where it is not the default is spelled "none"."""
-    tree = resolve(minimal("solver.adjoint_clip=none"))
-    assert tree.plain["solver"]["adjoint_clip"] == "none"
-    assert tree.fields["solver"].build({}).adjoint_clip is None
+    tree = resolve(minimal("solver.clip=none"))
+    assert tree.plain["solver"]["clip"] == "none"
+    assert tree.fields["solver"].build({}).clip is None
     again = resolve(parse_toml(write_toml(tree.plain)))
-    assert again.fields["solver"].build({}).adjoint_clip is None
+    assert again.fields["solver"].build({}).clip is None
 
 
 def test_objects_are_built() -> None:
@@ -96,7 +96,7 @@ def test_shipped_experiments_prepare(path: Path) -> None:
 @pytest.mark.parametrize(
     ("assignment", "says"),
     [
-        ("solver.num_step=3", r"solver\.num_step: unknown\. .*Valid keys: adjoint_clip"),
+        ("solver.num_step=3", r"solver\.num_step: unknown\. .*Valid keys: chunk, clip"),
         ("solver.sampler.num_step=3", r"solver\.sampler\.num_step: .* Did you mean num_steps\?"),
         ("solver.training.lerning_rate=3", r"Did you mean learning_rate\?"),
         ("sover.kind=x", r"sover: unknown\. Did you mean solver\?"),

@@ -123,7 +123,10 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """(B, *event), (B,) -> (B, *event)."""
-        angle = t[:, None] * self.bands
-        features = torch.cat([x.flatten(1), t[:, None], angle.cos(), angle.sin()], 1)
+        parts = [x.flatten(1), t[:, None]]
+        if len(self.bands):
+            angle = t[:, None] * self.bands
+            parts += [angle.cos(), angle.sin()]
+        features = torch.cat(parts, 1)
         out: Tensor = self.layers(features)
         return out.reshape(x.shape)

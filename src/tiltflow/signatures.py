@@ -43,7 +43,7 @@ GROUPS_OF: dict[Any, tuple[str, ...]] = {
 ABSENT: Any = object()
 
 NONE = "none"
-"""How a run file spells ``None``, where it is not the default: ``adjoint_clip = "none"``."""
+"""How a run file spells ``None``, where it is not the default: ``clip = "none"``."""
 
 
 @final

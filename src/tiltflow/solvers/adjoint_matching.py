@@ -55,11 +55,11 @@ class AdjointMatching:
         updates_per_rollout: optimiser updates made on the points of one roll-out.
         late: fraction of the steps, nearest to the data, that always enter the loss (paper: 1/4).
         early: fraction of the other steps drawn for each trajectory (paper: 10 of 30).
-        adjoint_clip: an adjoint longer than this many times the median length of its step is
-            shortened to it; ``None`` for no clipping. The paper clips the loss of a sample, which
-            drops its gradient; for sparse rewards that drops the signal.
+        clip: an end point is moved at most this many times the typical distance of an actual
+            end point from the predicted one (``targets.shortened``); ``None`` for no clipping.
+            The paper clips the loss of a sample, which drops its gradient; for sparse rewards
+            that drops the signal.
         use_values: mix in path values where the potential offers them.
-        adjoint_floor: least share of the adjoint in the mix.
         min_effective: least effective sample fraction of the path weights; below it they are
             tempered, so that a strong tilt is approached in stages.
         replay: number of earlier roll-outs whose points are kept and mixed in; 0 is on-policy.
@@ -81,9 +81,8 @@ class AdjointMatching:
     updates_per_rollout: int = 20
     late: float = 0.25
     early: float = 1 / 3
-    adjoint_clip: float | None = 5.0
+    clip: float | None = 8.0
     use_values: bool = True
-    adjoint_floor: float = 0.1
     min_effective: float = 0.5
     replay: int = 3
     chunk: int | None = None
@@ -96,8 +95,7 @@ class AdjointMatching:
             "updates_per_rollout": self.updates_per_rollout >= 1,
             "late": 0 < self.late <= 1,
             "early": 0 <= self.early <= 1,
-            "adjoint_clip": self.adjoint_clip is None or self.adjoint_clip > 0,
-            "adjoint_floor": 0 <= self.adjoint_floor <= 1,
+            "clip": self.clip is None or self.clip > 0,
             "min_effective": 0 < self.min_effective < 1,
             "replay": self.replay >= 0,
             "chunk": self.chunk is None or self.chunk >= 1,
@@ -218,7 +216,7 @@ class _Matching:
         self.steps = Steps.of(solver.sampler, reference, like)
         self.num_noisy = int((self.steps.weight > 0).sum())
         self.shared = tuned.net is self.reference.net
-        self.mixer = Mixer(solver.adjoint_floor)
+        self.mixer = Mixer()
         self.buffer: list[Points] = []
         self.batches: list[Points] = []
         self.stats: dict[str, float] = {}
@@ -283,7 +281,7 @@ class _Matching:
         path = rollout(
             self.tuned, self.reference, self.steps, self.terminal, count,
             seed=seed.child("paths"), backend=self.context.backend,
-            running=self.running, cond=cond, chunk=self.solver.chunk,
+            running=self.running, cond=cond, chunk=self.solver.chunk, carry=self.mixer.carry(),
         )  # fmt: skip
         targets = self._targets(path)
         generator = seed.child("points").generator(path.states.device)
@@ -298,7 +296,7 @@ class _Matching:
         return None if self.conditions is None else self.conditions.draw(count, seed.child("cond"))
 
     def _targets(self, path: Rollout) -> Tensor:
-        target, active = adjoint_target(path, self.steps, self.solver.adjoint_clip)
+        target, active = adjoint_target(path, self.steps, self.solver.clip)
         active = self._agreed(active)
         self.starved = self.starved + 1 if active == 0 else 0
         self.stats = {"path_kl": float(path.kl.mean()), "active": active}
@@ -315,7 +313,7 @@ class _Matching:
         # With a running reward X_1 given X_t is not that of a flow: adjoints only.
         if not self.solver.use_values or self.running is not None:
             return target
-        return self.mixer.mix(path, target, weights)
+        return self.mixer.mix(path, target, weights, self.solver.clip)
 
     def _agreed(self, number: float) -> float:
         """The mean over processes: all of them must come to the same decisions."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import final
 
@@ -64,7 +65,8 @@ class Rollout:
 
     Attributes:
         states: (K+1, B, *event).
-        adjoints: (K+1, B, *event); a_K = grad phi, a_k = J(mean_k)^T a_{k+1} + grad f_k.
+        adjoints: (K+1, B, *event); a_K = grad phi, a_k = J(mean_k)^T a_{k+1} + grad f_k. Zero
+            where they were not carried.
         frozen: (K, B, *event), end points of the reference's network without its delta.
         reference: (K, B, *event), end points of the reference.
         tuned: (K, B, *event), end points of the tuned model.
@@ -82,6 +84,16 @@ class Rollout:
     log_weight: Tensor | None
     value: Tensor | None
     cond: Cond | None = None
+    carried: Carried | None = None
+
+
+@final
+@dataclass(frozen=True)
+class Carried:
+    """The trajectories ``index`` (M,) whose adjoint is known at the steps before ``first``."""
+
+    first: int
+    index: Tensor
 
 
 def rollout(
@@ -96,6 +108,7 @@ def rollout(
     running: StepReward | None = None,
     cond: Cond | None = None,
     chunk: int | None = None,
+    carry: tuple[int, float] = (0, 1.0),
 ) -> Rollout:
     """Simulate ``tuned`` and carry the adjoint back through ``reference`` (methods, 2.4.2)::
 
@@ -103,7 +116,8 @@ def rollout(
         a_K = grad phi(x_K),   a_k = (d mean_reference / d x_k)^T a_{k+1} + grad f_k(x_k)
 
     There is no graph through the roll-out; each step keeps only the graph of its own reference
-    mean, of at most ``chunk`` trajectories at a time.
+    mean, of at most ``chunk`` trajectories at a time. ``carry = (first, fraction)``: before the
+    step ``first``, only a random fraction of the trajectories carries its adjoint on.
     """
     generator = seed.generator(device_of(tuned))
     size = chunk or count
@@ -111,6 +125,7 @@ def rollout(
     for start in range(0, count, size):
         index = torch.arange(start, min(start + size, count))
         path = _Path(tuned, reference, steps, backend, index_cond(cond, index))
+        path.carry(*carry, len(index), generator)
         path.forward(len(index), generator)
         parts.append(path.backward(terminal, running))
     if len(parts) == 1:
@@ -132,63 +147,67 @@ class _Path:
         self.tuned, self.reference, self.steps = tuned, reference, steps
         self.backend, self.cond = backend, cond
         self.shared = tuned.net is reference.net
-        self.beta2 = steps.beta2.tolist()
+        c = steps.coefficients
+        # Numbers, not tensors: a third of the time of small models went into indexing these.
+        self.on_state, self.on_endpoint = c.on_state.tolist(), c.on_endpoint.tolist()
+        self.deviation = c.variance.sqrt().tolist()
         self.on_x, self.on_output = steps.on_x.tolist(), steps.on_output.tolist()
-        # Per step: the state (a leaf), the reference's mean with its graph, and three end points.
+        self.beta2 = steps.beta2.tolist()
+        # Per step: the state (a leaf), the reference's outputs with their graph, the end points.
         self.leaves: list[Tensor] = []
-        self.graphs: list[Tensor] = []
+        self.graphs: list[tuple[Tensor, Tensor | None]] = []
         self.endpoints: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.carried: Carried | None = None
 
+    def carry(self, first: int, fraction: float, count: int, generator: torch.Generator) -> None:
+        """Decide which trajectories carry their adjoint beyond the late steps."""
+        number = min(count, max(2, math.ceil(fraction * count)))
+        if first > 0 and number < count:
+            order = torch.randperm(count, generator=generator, device=generator.device)
+            self.carried = Carried(first, order[:number].sort().values)
+
+    @torch.no_grad()
     def forward(self, count: int, generator: torch.Generator) -> None:
-        c, space, num_steps = self.steps.coefficients, self.reference.space, len(self.steps.t)
+        space, num_steps = self.reference.space, len(self.steps.t)
         shape = (num_steps + 1, *space.shape(count, self.cond))
         noise = torch.randn(shape, generator=generator, device=generator.device)
-        x = space.project(noise[-1], self.cond)
-        self.kl, self.log_ratio = x.new_zeros(count), x.new_zeros(count)
-        # Numbers, not tensors: a third of the time of small models went into indexing these.
-        rows = zip(
-            c.on_state.tolist(), c.on_endpoint.tolist(), c.variance.sqrt().tolist(), strict=True
-        )
-        for k, (on_state, on_endpoint, deviation) in enumerate(rows):
-            leaf = x.detach().requires_grad_()
-            frozen, endpoint, tuned = self._endpoints(leaf, k)
-            with torch.enable_grad():
-                graph = torch.add(leaf * on_state, endpoint, alpha=on_endpoint)
-            shift = (tuned - endpoint.detach()) * on_endpoint
-            z = space.project(noise[k], self.cond)
-            if deviation > 0:  # a noiseless step is shared by both laws and has no density
-                scaled = shift / deviation
-                self.kl += 0.5 * space.inner(scaled, scaled)
-                self.log_ratio += space.inner(scaled, z)
-            x = torch.add(graph.detach() + shift, z, alpha=deviation)
-            self.leaves.append(leaf)
-            self.graphs.append(graph)
-            self.endpoints.append((frozen, endpoint.detach(), tuned))
-        self.log_ratio += self.kl
+        self.noise = [space.project(z, self.cond) for z in noise]
+        times = self.steps.t[:, None].expand(num_steps, count).unbind()
+        x = self.noise.pop()
+        for k, (t, z) in enumerate(zip(times, self.noise, strict=True)):
+            leaf = x.requires_grad_()
+            tuned = self._endpoints(leaf, t, k)
+            x = torch.add(leaf * self.on_state[k], tuned, alpha=self.on_endpoint[k])
+            x = torch.add(x, z, alpha=self.deviation[k])
         self.end = x
         if not bool(torch.isfinite(x).all()):
             raise NonFiniteError("adjoint matching", "roll-out", "the state", "Lower the rate.")
 
-    def _endpoints(self, leaf: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """End points: frozen network, reference (with graph), tuned model."""
-        t, x = self.steps.t[k].expand(len(leaf)), leaf.detach()
-        beta2 = self.beta2[k]
+    def _endpoints(self, leaf: Tensor, t: Tensor, k: int) -> Tensor:
+        """Keeps frozen, reference and tuned end points of a step; returns the last."""
         with self.backend.autocast():
-            with torch.enable_grad():
-                frozen = self._network(self.reference, leaf, t, k)
-                shift = self.reference.correction(leaf, t, self.cond)
-                endpoint = frozen if shift is None else torch.add(frozen, shift, alpha=beta2)
-            with torch.no_grad():
-                base = frozen.detach() if self.shared else self._network(self.tuned, x, t, k)
-                shift = self.tuned.correction(x, t, self.cond)
-                tuned = base if shift is None else torch.add(base, shift, alpha=beta2)
-        return frozen.detach(), endpoint, tuned
+            with torch.set_grad_enabled(self.carried is None or k >= self.carried.first):
+                out, shift = self._outputs(leaf, t, self.cond)
+            frozen = self._frozen(out, leaf, k)
+            base = frozen
+            if not self.shared:
+                base = self._frozen(self.tuned.output(leaf, t, self.cond), leaf, k)
+            own = self.tuned.correction(leaf, t, self.cond)
+        reference = frozen if shift is None else torch.add(frozen, shift, alpha=self.beta2[k])
+        tuned = base if own is None else torch.add(base, own, alpha=self.beta2[k])
+        self.leaves.append(leaf)
+        self.graphs.append((out, shift))
+        self.endpoints.append((frozen, reference, tuned))
+        return tuned
 
-    def _network(self, model: FlowModel, x: Tensor, t: Tensor, k: int) -> Tensor:
-        """``frozen_endpoint`` from precomputed numbers."""
-        out = model.output(x, t, self.cond) * self.on_output[k]
+    def _outputs(self, x: Tensor, t: Tensor, cond: Cond | None) -> tuple[Tensor, Tensor | None]:
+        return self.reference.output(x, t, cond), self.reference.correction(x, t, cond)
+
+    def _frozen(self, out: Tensor, x: Tensor, k: int) -> Tensor:
+        """``frozen_endpoint`` from the network's output and precomputed numbers."""
+        out = out * self.on_output[k]
         out = torch.add(out, x, alpha=self.on_x[k]) if self.on_x[k] != 0.0 else out
-        return model.space.project(out, self.cond)
+        return self.reference.space.project(out, self.cond)
 
     def backward(self, terminal: Potential, running: StepReward | None) -> Rollout:
         value = None
@@ -196,27 +215,80 @@ class _Path:
             value, adjoint = terminal.value_and_grad(self.end, self.cond)
         else:
             adjoint = terminal.grad(self.end, self.cond)
-        adjoint = self.reference.space.project(adjoint, self.cond)
+        space = self.reference.space
+        adjoint = space.project(adjoint, self.cond)
         adjoints, gain = [adjoint], value
-        for k in reversed(range(len(self.graphs))):
+        first = 0 if self.carried is None else self.carried.first
+        for k in reversed(range(first, len(self.graphs))):
             leaf = self.leaves[k]
-            (adjoint,) = torch.autograd.grad(self.graphs.pop(), leaf, adjoint)
+            # A network also has slopes in directions that leave the space.
+            pulled = self._pulled_back(adjoint, leaf, self.graphs.pop(), k)
+            adjoint = space.project(pulled, self.cond)
             if running is not None:
                 t, s = (v[k].expand(len(leaf)) for v in (self.steps.t, self.steps.s))
-                adjoint = adjoint + running.grad(leaf.detach(), t, s, self.cond)
+                slope = running.grad(leaf.detach(), t, s, self.cond)
+                adjoint = adjoint + space.project(slope, self.cond)
                 if gain is not None:
                     gain = gain + running.value(leaf.detach(), t, s, self.cond)
-            # The network also has slopes in directions that leave the space.
-            adjoint = self.reference.space.project(adjoint, self.cond)
             adjoints.append(adjoint)
         stacked = torch.stack(adjoints[::-1])
+        if self.carried is not None:
+            stacked = torch.cat([self._early(adjoint, self.carried), stacked])
         if not bool(torch.isfinite(stacked).all()):
             raise NonFiniteError("adjoint matching", "backward pass", "the adjoint")
-        states = torch.stack([leaf.detach() for leaf in self.leaves] + [self.end])
+        return self._recorded(stacked, value, gain)
+
+    def _early(self, adjoint: Tensor, carried: Carried) -> Tensor:
+        """Adjoints before the late steps: of the carried trajectories; zero for the others."""
+        first, index = carried.first, carried.index
+        states = torch.stack(self.leaves[:first]).detach()[:, index].unbind()
+        cond, space, parts = index_cond(self.cond, index), self.reference.space, []
+        part = adjoint[index]
+        for k in reversed(range(first)):
+            leaf, t = states[k].requires_grad_(), self.steps.t[k].expand(len(index))
+            with self.backend.autocast():
+                graph = self._outputs(leaf, t, cond)
+            part = space.project(self._pulled_back(part, leaf, graph, k), cond)
+            parts.append(part)
+        early = adjoint.new_zeros(first, *adjoint.shape)
+        early[:, index] = torch.stack(parts[::-1])
+        return early
+
+    def _pulled_back(
+        self, adjoint: Tensor, leaf: Tensor, graph: tuple[Tensor, Tensor | None], k: int
+    ) -> Tensor:
+        """(d mean_reference / d x)^T adjoint, for an adjoint in the space.
+
+        mean = on_state x + on_endpoint (on_x x + on_output out + beta^2 shift): only the outputs
+        of networks need autograd.
+        """
+        (out, shift), gain = graph, self.on_endpoint[k]
+        result: Tensor = adjoint * (self.on_state[k] + gain * self.on_x[k])
+        pairs = [(out, gain * self.on_output[k])]
+        if shift is not None:
+            pairs.append((shift, gain * self.beta2[k]))
+        pairs = [(y, factor) for y, factor in pairs if y.requires_grad]
+        if pairs:
+            outputs, cotangents = zip(*[(y, adjoint * c) for y, c in pairs], strict=True)
+            (pulled,) = torch.autograd.grad(outputs, leaf, cotangents, allow_unused=True)
+            result = result if pulled is None else result + pulled
+        return result
+
+    @torch.no_grad()
+    def _recorded(self, adjoints: Tensor, value: Tensor | None, gain: Tensor | None) -> Rollout:
+        """Everything in stacks, with the KL and the log-ratio of the path laws."""
         frozen, reference, tuned = (torch.stack(e) for e in zip(*self.endpoints, strict=True))
-        weight = None if gain is None else gain - self.log_ratio
+        states = torch.stack([*self.leaves, self.end]).detach()
+        # A noiseless step is shared by both laws and has no density.
+        scale = [
+            g / d if d > 0 else 0.0 for g, d in zip(self.on_endpoint, self.deviation, strict=True)
+        ]
+        shift = (tuned - reference).flatten(2) * frozen.new_tensor(scale)[:, None, None]
+        kl = 0.5 * shift.square().sum((0, 2))
+        ratio = kl + (shift * torch.stack(self.noise).flatten(2)).sum((0, 2))
+        weight = None if gain is None else gain - ratio
         return Rollout(
-            states, stacked, frozen, reference, tuned, self.kl, weight, value, self.cond
+            states, adjoints, frozen, reference, tuned, kl, weight, value, self.cond, self.carried
         )  # fmt: skip
 
 
@@ -224,9 +296,18 @@ def _joined(parts: list[Rollout], cond: Cond | None) -> Rollout:
     def along(name: str, axis: int) -> Tensor:
         return torch.cat([getattr(p, name) for p in parts], axis)
 
-    known = parts[0].log_weight is not None
+    known, carried, start = parts[0].log_weight is not None, parts[0].carried, 0
+    if carried is not None:
+        index = []
+        for part in parts:
+            count = part.states.shape[1]
+            # A last chunk of one or two trajectories is carried whole.
+            local = torch.arange(count) if part.carried is None else part.carried.index
+            index.append(local.to(carried.index.device) + start)
+            start += count
+        carried = Carried(carried.first, torch.cat(index))
     return Rollout(
         along("states", 1), along("adjoints", 1), along("frozen", 1), along("reference", 1),
         along("tuned", 1), along("kl", 0), along("log_weight", 0) if known else None,
-        along("value", 0) if known else None, cond,
+        along("value", 0) if known else None, cond, carried,
     )  # fmt: skip

@@ -53,22 +53,33 @@ class Points:
 def adjoint_target(path: Rollout, steps: Steps, clip: float | None) -> tuple[Tensor, float]:
     """Adjoint Matching's target: reference endpoint + (variance / on_endpoint) a_{k+1}.
 
-    It is the end point of ``reference.tilted(a_{k+1})``. Samples whose adjoint is longer than
-    ``clip`` times the median of the active (non-zero) ones at that step are shortened to it.
+    It is the end point of ``reference.tilted(a_{k+1})``, shortened by ``clip`` (see
+    ``shortened``).
 
     Returns:
         targets (K, B, *event), and the fraction of trajectories with a reward gradient.
     """
-    adjoint = path.adjoints[1:]
-    norm = adjoint.flatten(2).norm(dim=2)
-    active = norm > 0
-    if clip is not None:
-        typical = torch.where(active, norm, torch.nan).nanmedian(1, keepdim=True).values
-        shrink = (clip * typical.nan_to_num(0.0) / norm.clamp(min=1e-30)).clamp(max=1.0)
-        adjoint = adjoint * _over(shrink, adjoint)
-    c = steps.coefficients
+    c, adjoint = steps.coefficients, path.adjoints[1:]
     gain = c.variance / c.on_endpoint
-    return path.reference + _over(gain, adjoint) * adjoint, float(active[-1].float().mean())
+    shift = shortened(_over(gain, adjoint) * adjoint, path.states[-1] - path.reference, clip)
+    active = adjoint[-1].flatten(1).any(1)
+    return path.reference + shift, float(active.float().mean())
+
+
+def shortened(shift: Tensor, actual: Tensor, clip: float | None) -> Tensor:
+    """``shift`` (K, B, *event), at most ``clip`` times as long as ``actual`` typically is.
+
+    ``actual`` is where paths ended, seen from the predicted end point. The true shift of a
+    conditional mean is about that long at most, whereas single adjoints are heavy-tailed (they
+    grow wherever paths part) and so are single paths. The median over the batch, step by step, is
+    the yardstick, because outliers do not move it and a reward that is flat for most samples does
+    not shrink it.
+    """
+    if clip is None:
+        return shift
+    typical = actual.flatten(2).norm(dim=2).median(1, keepdim=True).values
+    length = shift.flatten(2).norm(dim=2).clamp(min=1e-30)
+    return shift * _over((clip * typical / length).clamp(max=1.0), shift)
 
 
 @dataclass(frozen=True)
@@ -103,61 +114,107 @@ def path_weights(log_weight: Tensor, min_effective: float) -> Weights:
     return Weights(weight.float(), high, full)
 
 
-def value_target(path: Rollout, weights: Weights) -> Tensor:
-    """A second target with the same fixed point, from values instead of gradients.
+def value_target(path: Rollout, weights: Weights, clip: float | None = None) -> Tensor:
+    """A second target with the same fixed point, from values instead of gradients::
 
-    At the optimum the path weights w are constant. Away from it, E[w (X_1 - e(x_k)) | x_k] = 0
-    defines the optimal end point e*, and E[X_1 - e_tuned(x_k) | x_k] = 0 holds on-policy; their
-    difference gives, with a noise that vanishes with the spread of w::
+        e_tuned(x_k) + (w - 1)_+ (x_K - e_tuned(x_k))
 
-        e_tuned + (w - 1) (x_K - e_tuned)          in expectation e_tuned + E[w|x] (e* - e_tuned)
+    At the optimum the path weights w are one, and nothing moves: the noise of this target
+    vanishes with the spread of w. Away from it, end points are pulled to where the good paths
+    went. This credits a mode for its value at once, where adjoints see only slopes; it needs a
+    terminal reward, because only then X_1 given X_t is that of a flow (methods, section 1.5).
 
-    This credits a mode for its value at once, where adjoints see only slopes; it needs a terminal
-    reward, because only then X_1 given X_t is that of a flow (methods, section 1.5).
+    Bad paths do not push. With (w - 1) in full the target would be unbiased for a consistent
+    model, E[X_1 - e_tuned | x] = 0; but a model in training is not consistent, and where
+    E[w | x] < 1 the error of its end points would grow by 1 - E[w | x] in every round. Positive
+    coefficients only ever restore consistency.
     """
-    change = weights.weight - 1
-    return path.tuned + _over(change.expand(path.tuned.shape[:2]), path.tuned) * (
-        path.states[-1] - path.tuned
-    )
+    return path.tuned + _times((weights.weight - 1).clamp(min=0), _actual(path, clip))
+
+
+def _actual(path: Rollout, clip: float | None) -> Tensor:
+    """Where paths ended, seen from where the tuned model expected them to, (K, B, *event)."""
+    actual = path.states[-1] - path.tuned
+    return shortened(actual, actual, clip)
+
+
+def _times(weight: Tensor, shift: Tensor) -> Tensor:
+    """(B,) times (K, B, *event)."""
+    return _over(weight.expand(shift.shape[:2]), shift) * shift
+
+
+BIAS_WEIGHT = 30.0
+"""How much more a squared bias counts than a variance, which averages out over roll-outs."""
 
 
 @final
 class Mixer:
-    """Mixes the two targets step by step in inverse proportion to their noise.
+    """Mixes the two targets step by step, for the least mean squared error.
 
     The noise of a target at step k is the mean of ``|target - e_tuned|^2``, averaged over
-    roll-outs; the share of the adjoint is ``noise_value / (noise_adjoint + noise_value)``, at
-    least ``floor``. The adjoint target is anchored at the reference; this keeps the other one,
-    which is relative to the tuned model, from drifting.
+    roll-outs; the share of the adjoint is::
+
+        noise_value / (noise_value + noise_adjoint + 30 disagreement)
 
     A reward that is flat where the samples are has adjoints near zero: no noise, and no news. The
-    share is therefore also multiplied by ``noise_adjoint / (noise_adjoint + disagreement)``, where
-    the disagreement is the squared difference of the means of both targets. Without this, values
-    are ignored exactly where they are needed: between separated modes.
+    disagreement tells: the squared difference between the means of the adjoint's shift and of
+    (w - 1)(X_1 - e_tuned), which to first order is the shift to the optimum too. Without it,
+    values are ignored exactly where they are needed: between separated modes.
     """
 
-    def __init__(self, floor: float, memory: float = 0.9) -> None:
-        self.floor, self.memory = floor, memory
+    def __init__(self, memory: float = 0.9) -> None:
+        self.memory = memory
         self.noise = torch.empty(0)
 
-    def mix(self, path: Rollout, adjoint: Tensor, weights: Weights) -> Tensor:
-        """Targets (K, B, *event) from the adjoint's (K, B, *event) and the path weights."""
-        value = value_target(path, weights)
-        temper = max(weights.temper, 1e-3)  # the value target goes only that part of the way
-        seen = torch.stack([
-            _mean_square(adjoint, path.tuned),
-            _mean_square(value, path.tuned) / temper**2,
-            _disagreement(adjoint - path.tuned, (value - path.tuned) / temper, path.states[:-1]),
-        ])  # fmt: skip
+    def mix(
+        self, path: Rollout, adjoint: Tensor, weights: Weights, clip: float | None = None
+    ) -> Tensor:
+        """The mixture (K, B, *event) of ``adjoint_target`` and ``value_target``.
+
+        A value target of tempered weights goes only the part ``temper`` of the way.
+        """
+        value, temper = value_target(path, weights, clip), max(weights.temper, 1e-3)
+        shifts = (
+            adjoint - path.tuned,
+            (value - path.tuned) / temper,
+            _times((weights.weight - 1) / temper, _actual(path, clip)),
+            path.states[:-1],
+        )
+        carried = path.carried
+        first = 0 if carried is None else carried.first
+        seen = _statistics(*(shift[first:] for shift in shifts))
+        if carried is not None:
+            early = _statistics(*(shift[:first, carried.index] for shift in shifts))
+            seen = torch.cat([early, seen], 1)
         new = not self.noise.numel()
         self.noise = seen if new else torch.lerp(seen, self.noise, self.memory)
-        by_adjoint, by_value, bias = self.noise[0], self.noise[1], self.noise[2].clamp(min=0)
-        trust = by_adjoint / (by_adjoint + bias).clamp(min=1e-30)
-        share = trust * by_value / (by_adjoint + by_value).clamp(min=1e-30)
-        share = share.clamp(min=self.floor)[:, None].expand(adjoint.shape[:2])
-        # A path that the optimum would hardly take says nothing but "not here": adjoint only.
-        share = torch.where(weights.weight < 0.01, torch.ones_like(share), share)
+        share = self.share[:, None].expand(adjoint.shape[:2])
+        if carried is not None:  # the few that know their adjoint speak for all
+            known, fraction = carried.index, len(carried.index) / adjoint.shape[1]
+            spoken = torch.zeros_like(share[:first])
+            spoken[:, known] = (share[:first, known] / fraction).clamp(max=1.0)
+            share = torch.cat([spoken, share[first:]])
         return torch.lerp(value, adjoint, _over(share, adjoint))
+
+    @property
+    def share(self) -> Tensor:
+        """Share of the adjoint at each step, (K,)."""
+        by_adjoint, by_value, bias = self.noise[0], self.noise[1], self.noise[2].clamp(min=0)
+        return by_value / (by_adjoint + by_value + BIAS_WEIGHT * bias).clamp(min=1e-30)
+
+    def carry(self) -> tuple[int, float]:
+        """Before which step only a fraction of the trajectories needs its adjoint, and which.
+
+        Where the share is below an eighth, an eighth of the trajectories can bear it.
+        """
+        wanted = (self.share >= 1 / 8).nonzero() if self.noise.numel() else torch.zeros(1)
+        return (int(wanted[0]) if len(wanted) else self.noise.shape[1] - 1), 1 / 8
+
+
+def _statistics(to_adjoint: Tensor, to_value: Tensor, to_optimum: Tensor, x: Tensor) -> Tensor:
+    """Mean squares of two shifts, and how much the first disagrees with a third; (3, K)."""
+    squares = [shift.flatten(2).square().sum(2).mean(1) for shift in (to_adjoint, to_value)]
+    return torch.stack([*squares, _disagreement(to_adjoint, to_optimum, x)])
 
 
 def _disagreement(first: Tensor, second: Tensor, x: Tensor) -> Tensor:
@@ -173,10 +230,6 @@ def _disagreement(first: Tensor, second: Tensor, x: Tensor) -> Tensor:
         excess = weighted.mean(1).square() - weighted.var(1) / weighted.shape[1]
         total = total + excess.sum(1)
     return total
-
-
-def _mean_square(target: Tensor, tuned: Tensor) -> Tensor:
-    return (target - tuned).flatten(2).square().sum(2).mean(1)
 
 
 def _over(coefficient: Tensor, x: Tensor) -> Tensor:
