@@ -57,7 +57,6 @@ CASES = {
 # What is compared: the settings, and the stages in which the reward is raised.
 METHODS: dict[str, tuple[AdjointMatching, int]] = {
     "default": (AdjointMatching(), 1),
-    "`clip=30`": (AdjointMatching(clip=30.0), 1),
     "`use_values=False`": (AdjointMatching(use_values=False), 1),
     "default, in 3 stages": (AdjointMatching(), 3),
 }
