@@ -525,6 +525,14 @@ def test_tolerance_stops_early() -> None:
     assert law(out.model)[0] == pytest.approx(0.506, abs=0.06)
 
 
+def test_adaptive_time_steps() -> None:
+    """A loose tolerance trains with few steps, a tight one with more; the result says which."""
+    for tolerance, num_steps in ((0.4, 10), (0.15, 20)):
+        sampler = Sampler(EulerMaruyama(offset="both"), 3)
+        solver = quick(20, sampler=sampler, step_tolerance=tolerance)
+        assert solve(affine(), LinearReward(0.5), solver).stats["num_steps"] == num_steps
+
+
 def test_starved() -> None:
     """A hinge that no sample reaches has no gradient: STARVED, and the model is unchanged."""
     model = affine()
@@ -606,7 +614,7 @@ def test_only_memoryless_kernels(kernel: Any) -> None:
     [
         ("num_trajectories", 1), ("updates_per_rollout", 0), ("late", 0.0), ("early", 1.1),
         ("clip", 0.0), ("min_effective", 1.0), ("replay", -1),
-        ("chunk", 0), ("tolerance", -1.0), ("num_evaluate", 1),
+        ("chunk", 0), ("tolerance", -1.0), ("step_tolerance", -1.0), ("num_evaluate", 1),
     ],
 )  # fmt: skip
 def test_settings_out_of_range(name: str, value: float) -> None:

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from tiltflow.analytic import GaussianMixture, gaussian
-from tiltflow.errors import ConfigError, NonFiniteError
+from tiltflow.errors import ConfigError, NonFiniteError, UnsupportedError
 from tiltflow.flow import FlowModel
 from tiltflow.kernel import Ancestral, EulerMaruyama, Heun, MomentMatched
-from tiltflow.sample import Sampler, calibrated, path_kl, step_kl
+from tiltflow.sample import Sampler, adapted, calibrated, path_kl, step_kl
 from tiltflow.schedule import Linear
 from tiltflow.seed import Seed
 from tiltflow.space import Euclidean, ZeroMean
@@ -216,3 +216,30 @@ def test_bad_samplers() -> None:
         Sampler(num_steps=0)
     with pytest.raises(ConfigError, match="batch_size"):
         Sampler(batch_size=0)
+
+
+# ------------------------------------------------------------------------------ adaptive steps
+
+
+def test_adapted_steps_follow_the_known_error() -> None:
+    """N(0, 1), both offsets: variance 1.261, 1.143, 1.075 at 10, 20, 40 steps (table 1.9a)."""
+    model = gaussian([0.0], 1.0).flow(hidden=())
+    sampler = Sampler(EulerMaruyama(offset="both"), 3)
+    for tolerance, expected in ((0.3, 10), (0.15, 20), (0.08, 40), (0.04, 80)):
+        found = adapted(model, sampler, tolerance=tolerance, seed=Seed(1), count=20_000)
+        assert found.num_steps == expected
+        assert found.kernel == sampler.kernel
+
+
+def test_adapted_steps_of_an_exact_kernel() -> None:
+    """The moment-matched kernel is exact on Gaussians at every number of steps."""
+    model = calibrated(gaussian([0.0], 1.0).flow(hidden=()), seed=Seed(0), count=20_000)
+    assert adapted(model, Sampler(), tolerance=0.02, seed=Seed(1)).num_steps == 10
+
+
+def test_adapted_refusals() -> None:
+    model = gaussian([0.0], 1.0).flow(hidden=())
+    with pytest.raises(ConfigError, match="tolerance"):
+        adapted(model, Sampler(), tolerance=0.0, seed=Seed(0))
+    with pytest.raises(UnsupportedError, match="Heun"):
+        adapted(model, Sampler(Heun()), tolerance=0.1, seed=Seed(0))

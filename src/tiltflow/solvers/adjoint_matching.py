@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, final
 
 import torch
@@ -17,7 +17,7 @@ from tiltflow.flow import ControlledProcess, FlowModel, device_of, freeze, unfre
 from tiltflow.kernel import Auto
 from tiltflow.potential import Potential, StepReward
 from tiltflow.problem import ControlProblem, PathProblem, Result, Solution
-from tiltflow.sample import Sampler, calibrated, step_kl
+from tiltflow.sample import Sampler, adapted, calibrated, step_kl
 from tiltflow.seed import Seed
 from tiltflow.solvers.lean_adjoint import Rollout, Steps, rollout
 from tiltflow.solvers.targets import (
@@ -66,6 +66,9 @@ class AdjointMatching:
         chunk: largest number of trajectories whose graphs are in memory at once.
         tolerance: stop when the gap to the optimum, KL(P || P*) in nats estimated from the spread
             of the path weights, stays below this for ten roll-outs; 0 never stops early.
+        step_tolerance: take as few time steps as keep the relative error of E|X_1|^2 under the
+            reference below this (``sample.adapted``; the statistic ``num_steps`` says how many);
+            0 keeps the sampler's number.
         num_evaluate: fresh trajectories for the final statistics.
 
     Cost of an iteration: ``num_steps`` evaluations of both models, as many vector-Jacobian
@@ -87,6 +90,7 @@ class AdjointMatching:
     replay: int = 3
     chunk: int | None = None
     tolerance: float = 0.0
+    step_tolerance: float = 0.0
     num_evaluate: int = 1024
 
     def __post_init__(self) -> None:
@@ -100,6 +104,7 @@ class AdjointMatching:
             "replay": self.replay >= 0,
             "chunk": self.chunk is None or self.chunk >= 1,
             "tolerance": self.tolerance >= 0,
+            "step_tolerance": self.step_tolerance >= 0,
             "num_evaluate": self.num_evaluate >= 2,
         }
         for name, fine in checks.items():
@@ -154,9 +159,10 @@ class AdjointMatching:
         init: FlowModel | None,
     ) -> Solution[FlowModel]:
         reference = self._calibrated(freeze(reference), init, conditions, context)
+        solver = self._with_steps(reference, conditions, context)
         tuned = unfreeze((init or reference).clone())
         tuned = tuned if reference.moments is None else tuned.with_moments(reference.moments)
-        loss = _Matching(self, tuned, reference, terminal, running, conditions, context)
+        loss = _Matching(solver, tuned, reference, terminal, running, conditions, context)
         done = optimise(tuned.trainable, loss, self.training, context)
         freeze(tuned)
         stats = loss.evaluate()
@@ -165,7 +171,20 @@ class AdjointMatching:
             result = Result.STARVED
         elif done < self.training.num_updates:
             result = Result.CONVERGED
-        return Solution(tuned, result, {**stats, "num_updates": float(done)})
+        stats |= {"num_updates": float(done), "num_steps": float(solver.sampler.num_steps)}
+        return Solution(tuned, result, stats)
+
+    def _with_steps(
+        self, reference: FlowModel, conditions: Conditions | None, context: Context
+    ) -> AdjointMatching:
+        """This solver with the number of time steps that its tolerance asks for."""
+        if self.step_tolerance == 0:
+            return self
+        sampler = adapted(
+            reference, self.sampler, tolerance=self.step_tolerance,
+            seed=context.seed.child("steps"), conditions=conditions,
+        )  # fmt: skip
+        return replace(self, sampler=sampler)
 
     def _calibrated(
         self,
