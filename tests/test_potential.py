@@ -232,3 +232,47 @@ def test_not_a_number() -> None:
     root = Differentiable(lambda x: x[:, 0].abs().sqrt())
     with pytest.raises(NonFiniteError, match="gradient"):
         root.grad(torch.zeros(1, 2))
+
+
+def test_hinges_of_one_reward_share_its_evaluation() -> None:
+    """A combination evaluates each reward once, whatever is made of it; gradients alike."""
+    calls = []
+
+    def reward(x: Tensor) -> Tensor:
+        calls.append(len(x))
+        return x[:, 0] ** 2
+
+    base = Differentiable(reward)
+    hinges = [
+        Hinge(base, 1.0, 2.0, "above"),
+        Hinge(base, 0.5, 3.0, "below"),
+        Hinge(base, 2.0, 1.0, "above"),
+    ]
+    both = combine((1.0, base), *((0.5, hinge) for hinge in hinges))
+    x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
+    value, grad = both.value_and_grad(x)
+    assert len(calls) == 1
+    torch.testing.assert_close(both.grad(x), grad)
+    torch.testing.assert_close(both.value(x), value)
+    assert len(calls) <= 4  # the plain term of a gradient may come before the shared one
+    by_hand = base.value(x) + sum(0.5 * h.value(x) for h in hinges)
+    torch.testing.assert_close(value, by_hand)
+    torch.testing.assert_close(grad, base.grad(x) + sum(0.5 * h.grad(x) for h in hinges))
+
+
+def test_gradients_without_values_beside_a_hinge() -> None:
+    """A term that has no value, e.g. a score, does not stop a hinge from giving its gradient."""
+    x = torch.randn(5, 2, generator=torch.Generator().manual_seed(1))
+    hinge = Hinge(Linear([1.0, 0.0]), 0.0, 2.0, "above")
+    score = GradientOnly()
+    found = combine((1.0, score), (1.0, hinge)).grad(x)
+    torch.testing.assert_close(found, -x + hinge.grad(x))
+
+
+class GradientOnly(Potential):
+    @property
+    def offers(self) -> Access:
+        return Access.GRAD
+
+    def _grad(self, x: Tensor, cond: Cond | None) -> Tensor:
+        return -x

@@ -93,6 +93,19 @@ class Potential(abc.ABC):
             )  # fmt: skip
         return out.detach()
 
+    @property
+    def source(self) -> Potential:
+        """What has to be evaluated, of which this is a cheap function; mostly itself."""
+        return self
+
+    def of_value(self, value: Tensor) -> Tensor:
+        """This potential from the values (B,) of its source."""
+        return value
+
+    def of_value_and_grad(self, value: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """This potential and its gradient from those of its source."""
+        return value, grad
+
     def __add__(self, other: Potential) -> Potential:
         return combine((1.0, self), (1.0, other))
 
@@ -126,21 +139,34 @@ class Combination(Potential):
         return offered
 
     def _value(self, x: Tensor, cond: Cond | None) -> Tensor:
-        total = x.new_zeros(x.shape[0])
+        total, known = x.new_zeros(x.shape[0]), dict[int, Tensor]()
         for scale, term in self.terms:
-            total = total + scale * term.value(x, cond)
+            source = term.source
+            if id(source) not in known:
+                known[id(source)] = source.value(x, cond)
+            total = total + scale * term.of_value(known[id(source)])
         return total
 
     def _grad(self, x: Tensor, cond: Cond | None) -> Tensor:
-        total = torch.zeros_like(x)
+        total, known = torch.zeros_like(x), dict[int, tuple[Tensor, Tensor]]()
         for scale, term in self.terms:
-            total = total + scale * term.grad(x, cond)
+            source = term.source
+            if source is term and id(term) not in known:
+                total = total + scale * term.grad(x, cond)  # it may have no value
+                continue
+            if id(source) not in known:
+                known[id(source)] = source.value_and_grad(x, cond)
+            total = total + scale * term.of_value_and_grad(*known[id(source)])[1]
         return total
 
     def _value_and_grad(self, x: Tensor, cond: Cond | None) -> tuple[Tensor, Tensor]:
         value, grad = x.new_zeros(x.shape[0]), torch.zeros_like(x)
+        known: dict[int, tuple[Tensor, Tensor]] = {}
         for scale, term in self.terms:
-            v, g = term.value_and_grad(x, cond)
+            source = term.source
+            if id(source) not in known:  # several hinges of one reward cost one evaluation
+                known[id(source)] = source.value_and_grad(x, cond)
+            v, g = term.of_value_and_grad(*known[id(source)])
             value, grad = value + scale * v, grad + scale * g
         return value, grad
 
@@ -257,20 +283,27 @@ class Hinge(Potential):
         r = self.reward.value(x, cond)
         return r > self.threshold if self.side == "above" else r < self.threshold
 
-    def _excess(self, r: Tensor) -> Tensor:
-        over = r - self.threshold
+    @property
+    def source(self) -> Potential:
+        return self.reward
+
+    def of_value(self, value: Tensor) -> Tensor:
+        over = value - self.threshold
         return self.slope * (over.clamp(min=0) if self.side == "above" else over.clamp(max=0))
 
+    def of_value_and_grad(self, value: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        above = self.side == "above"
+        active = value > self.threshold if above else value < self.threshold
+        return self.of_value(value), expand_as(self.slope * active.to(grad), grad) * grad
+
     def _value(self, x: Tensor, cond: Cond | None) -> Tensor:
-        return self._excess(self.reward.value(x, cond))
+        return self.of_value(self.reward.value(x, cond))
 
     def _grad(self, x: Tensor, cond: Cond | None) -> Tensor:
         return self._value_and_grad(x, cond)[1]
 
     def _value_and_grad(self, x: Tensor, cond: Cond | None) -> tuple[Tensor, Tensor]:
-        r, g = self.reward.value_and_grad(x, cond)
-        active = r > self.threshold if self.side == "above" else r < self.threshold
-        return self._excess(r), expand_as(self.slope * active.to(g), g) * g
+        return self.of_value_and_grad(*self.reward.value_and_grad(x, cond))
 
     def __str__(self) -> str:
         return f"Hinge({self.reward}, {self.side} {self.threshold:.4g})"
