@@ -451,6 +451,27 @@ def test_conditions() -> None:
         assert float(x[level == sign].mean()) == pytest.approx(sign, abs=0.12)
 
 
+def test_hard_conditions_are_not_left_behind() -> None:
+    """A condition whose rewards are all 5 nats lower is tilted as much as the other."""
+    uneven = Differentiable(
+        lambda x, cond: towards(x, cond) + 2.5 * cond["level"], takes_cond=True
+    )
+    problem = ControlProblem(conditional(), uneven, Levels())
+    out = quick(400, 1e-2).solve(problem, Context(SEED))
+    assert "gap" not in out.stats
+    cond = Levels().draw(4000, SEED)
+    x, level = EULER.sample(out.model, 4000, seed=SEED, cond=cond)[:, 0], cond["level"]
+    assert isinstance(level, Tensor)
+    for sign in (-1.0, 1.0):
+        assert float(x[level == sign].mean()) == pytest.approx(sign, abs=0.12)
+
+
+def test_no_tolerance_with_conditions() -> None:
+    problem = ControlProblem(conditional(), SIGNED, Levels())
+    with pytest.raises(UnsupportedError, match=r"tolerance=0\.1.*conditional"):
+        quick(20, tolerance=0.1).solve(problem, Context(SEED))
+
+
 def tensors(model: FlowModel) -> list[Tensor]:
     return [p.detach() for p in model.trainable.parameters()]
 
@@ -462,6 +483,8 @@ def test_resumed_equals_straight(replay: int, use_values: bool) -> None:
     Replay buffer (with conditions), noise of the mixture, gaps and Adam's moments are in it.
     """
     problem = ControlProblem(conditional(), SIGNED, Levels())
+    if use_values:  # which are of no use with conditions
+        problem = ControlProblem(affine(), LinearReward(1.0))
     sampler = Sampler(num_steps=10)
     training = Training(num_updates=24, learning_rate=1e-2, ema=0.9, accumulate=2)
     solver = AdjointMatching(

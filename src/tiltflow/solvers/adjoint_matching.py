@@ -41,12 +41,12 @@ class AdjointMatching:
     the KL of the two, in nats (methods, section 2.4). ``a_{k+1}``, not ``a_k``: only this pairing
     is exact for the discretised problem.
 
-    Deviation: where the terminal potential also offers values, the target is mixed with one made
-    from the values of whole paths (``targets.value_target``), step by step in inverse proportion
-    to their noise and to where they contradict each other. Both have the same fixed point, up to
-    O(1/K) where steps of fixed variance cannot hold the tilt. Gradients re-weight separated modes
-    slowly and with heavy-tailed noise; values do it at once. ``use_values=False`` is the
-    paper's method.
+    Deviation: where the terminal potential also offers values, and there is neither a running
+    reward nor a condition, the target is mixed with one made from the values of whole paths
+    (``targets.value_target``), step by step by their noise and by where they contradict each
+    other. Both have the same fixed point, up to O(1/K) where steps of fixed variance cannot hold
+    the tilt. Gradients re-weight separated modes slowly and with heavy-tailed noise; values do it
+    at once. ``use_values=False`` is the paper's method.
 
     Args:
         sampler: kernel and steps of the roll-outs; sample with as many steps as were trained.
@@ -128,6 +128,7 @@ class AdjointMatching:
 
         Raises:
             CapabilityError: before any work, if the terminal potential has no gradient.
+            UnsupportedError: before any work, if there is a tolerance for conditional models.
             NonFiniteError: if a state, adjoint or loss is not finite.
         """
         problem.terminal.require(self.needs, "AdjointMatching")
@@ -158,6 +159,12 @@ class AdjointMatching:
         context: Context,
         init: FlowModel | None,
     ) -> Solution[FlowModel]:
+        if self.tolerance > 0 and conditions is not None:
+            raise UnsupportedError(
+                f"AdjointMatching: tolerance={self.tolerance:g} needs the gap to the optimum, "
+                "which is not known for a conditional model: every condition has its own "
+                "normaliser. Set tolerance=0 and a number of updates."
+            )
         reference = self._calibrated(freeze(reference), init, conditions, context)
         solver = self._with_steps(reference, conditions, context)
         tuned = unfreeze((init or reference).clone())
@@ -319,16 +326,15 @@ class _Matching:
         active = self._agreed(active)
         self.starved = self.starved + 1 if active == 0 else 0
         self.stats = {"path_kl": float(path.kl.mean()), "active": active}
-        if path.log_weight is None or path.value is None:
+        if path.value is not None:
+            self.stats["terminal"] = float(path.value.mean())
+        # Every condition has a normaliser of its own: weights in common would favour easy ones.
+        if path.log_weight is None or self.conditions is not None:
             return target
         weights = path_weights(path.log_weight, self.solver.min_effective)
-        gap = float(path.log_weight.logsumexp(0) - math.log(len(path.log_weight)))
-        gap = self._agreed(gap - float(path.log_weight.mean()))
+        gap = self._agreed(_spread(path.log_weight))
         self.gaps = torch.cat([self.gaps[1:], torch.tensor([gap])])
-        self.stats |= {
-            "terminal": float(path.value.mean()), "gap": gap,
-            "effective": weights.effective, "temper": weights.temper,
-        }  # fmt: skip
+        self.stats |= {"gap": gap, "effective": weights.effective, "temper": weights.temper}
         # With a running reward X_1 given X_t is not that of a flow: adjoints only.
         if not self.solver.use_values or self.running is not None:
             return target
@@ -370,15 +376,19 @@ class _Matching:
         stats = {"path_kl": float(kl.mean()), "path_kl_error": float(kl.std()) / count**0.5}
         if Access.VALUE in self.terminal.offers and self.running is None:
             value = self.terminal.value(path.end, cond)
-            log_weight = value - ratio
-            weights = path_weights(log_weight, 1e-9)
             stats |= {
                 "terminal": float(value.mean()),
                 "terminal_error": float(value.std()) / count**0.5,
-                "gap": float(log_weight.logsumexp(0) - math.log(count) - log_weight.mean()),
-                "effective": weights.effective,
             }
+            if cond is None:
+                effective = path_weights(value - ratio, 1e-9).effective
+                stats |= {"gap": _spread(value - ratio), "effective": effective}
         return stats
+
+
+def _spread(log_weight: Tensor) -> float:
+    """KL(P || P*) in nats: log mean exp minus mean of log dP* / dP up to a constant."""
+    return float(log_weight.logsumexp(0) - math.log(len(log_weight)) - log_weight.mean())
 
 
 FIELDS = ("x", "t", "target", "weight")
