@@ -29,7 +29,7 @@ from tiltflow.sample import Sampler
 from tiltflow.schedule import Cosine
 from tiltflow.seed import Seed
 from tiltflow.types import Access, Cond
-from tiltflow.utilities import Entropy, ExpectedReward, LeftCVaR, RightCVaR
+from tiltflow.utilities import Entropy, ExpectedReward, LeftCVaR, MeanVariance, RightCVaR
 
 ACCESSES = (Access.NONE, Access.VALUE, Access.GRAD, Access.BOTH)
 names = pytest.mark.parametrize("name", sorted(FUNCTIONALS))
@@ -464,3 +464,24 @@ def test_quadrature_axes_of_the_contract() -> None:
     assert float(axis(-8, 8, 4001)[1] - axis(-8, 8, 4001)[0]) == pytest.approx(0.004)
     for p in (P, Q, PRIOR):
         assert float(p.probabilities[[0, -1]].max()) < 1e-9
+
+
+# ---------------------------------------------------------------- mean and variance
+
+
+def test_mean_variance_of_a_gaussian() -> None:
+    """N(0, s^2), r = x, c: value -c s^2; the step's optimum for KL weight 1 is a Gaussian tilt.
+
+    delta F at N(0, s^2) is x - c x^2 + const: slope 1, curvature 2 c.
+    """
+    density = nodes(gaussian([0.0], 0.8))
+    functional = MeanVariance(Differentiable(lambda x: x[:, 0]), 0.7)
+    assert functional.value(density).value == pytest.approx(-0.7 * 0.64, rel=1e-6)
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
+    variation = functional.first_variation(density).value(x)
+    torch.testing.assert_close(variation - variation[4], x[:, 0] - 0.7 * x[:, 0] ** 2)
+
+
+def test_mean_variance_refuses_a_negative_aversion() -> None:
+    with pytest.raises(ConfigError, match="aversion"):
+        MeanVariance(GATEAUX_REWARD, -1.0)

@@ -59,14 +59,14 @@ if TYPE_CHECKING:
         Solver,
     )
     from tiltflow.rewards import Readability
-    from tiltflow.sample import Sampler, Trajectory, calibrated, path_kl
+    from tiltflow.sample import Sampler, Trajectory, adapted, calibrated, path_kl
     from tiltflow.schedule import Cosine, Linear, Schedule, Tabulated, VariancePreserving
     from tiltflow.seed import Seed
     from tiltflow.solvers import AdjointMatching, GaussianSolver, GridSolver
     from tiltflow.space import Euclidean, Masked, Space, ZeroMean
     from tiltflow.training import Training
     from tiltflow.types import Access, Cond, Conditions, Estimate
-    from tiltflow.utilities import Entropy, ExpectedReward, LeftCVaR, RightCVaR
+    from tiltflow.utilities import Entropy, ExpectedReward, LeftCVaR, MeanVariance, RightCVaR
 
 __version__ = "0.1.0"
 
@@ -87,14 +87,14 @@ _HOMES = {
     "potential": "BlackBox Decoded Differentiable Hinge Potential Rate Reward StepReward",
     "problem": "ControlProblem PathProblem PathSolver Result Solution Solver",
     "rewards": "Readability",
-    "sample": "Sampler Trajectory calibrated path_kl",
+    "sample": "Sampler Trajectory adapted calibrated path_kl",
     "schedule": "Cosine Linear Schedule Tabulated VariancePreserving",
     "seed": "Seed",
     "solvers": "AdjointMatching GaussianSolver GridSolver",
     "space": "Euclidean Masked Space ZeroMean",
     "training": "Training",
     "types": "Access Cond Conditions Estimate",
-    "utilities": "Entropy ExpectedReward LeftCVaR RightCVaR",
+    "utilities": "Entropy ExpectedReward LeftCVaR MeanVariance RightCVaR",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 
@@ -157,6 +157,7 @@ __all__ = [
     "Linear",
     "LinearKernel",
     "Masked",
+    "MeanVariance",
     "Mixture",
     "MomentMatched",
     "NonFiniteError",
@@ -193,6 +194,7 @@ __all__ = [
     "UnsupportedError",
     "VariancePreserving",
     "ZeroMean",
+    "adapted",
     "calibrated",
     "distil",
     "fit_flow",

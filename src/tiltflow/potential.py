@@ -311,6 +311,49 @@ class Hinge(Potential):
 
 @final
 @dataclass(frozen=True, eq=False)
+class Shaped(Potential):
+    """A smooth function of a reward: phi = f(r), grad phi = f'(r) grad r.
+
+    Args:
+        reward: r; its value is needed, for the gradient too.
+        shape: r (B,) -> (f(r), f'(r)), both (B,).
+        name: for messages.
+    """
+
+    reward: Potential
+    shape: Callable[[Tensor], tuple[Tensor, Tensor]]
+    name: str = "Shaped"
+
+    @property
+    def offers(self) -> Access:
+        return self.reward.offers if Access.VALUE in self.reward.offers else Access.NONE
+
+    @property
+    def source(self) -> Potential:
+        return self.reward
+
+    def of_value(self, value: Tensor) -> Tensor:
+        return self.shape(value)[0]
+
+    def of_value_and_grad(self, value: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        shaped, slope = self.shape(value)
+        return shaped, expand_as(slope.to(grad), grad) * grad
+
+    def _value(self, x: Tensor, cond: Cond | None) -> Tensor:
+        return self.of_value(self.reward.value(x, cond))
+
+    def _grad(self, x: Tensor, cond: Cond | None) -> Tensor:
+        return self._value_and_grad(x, cond)[1]
+
+    def _value_and_grad(self, x: Tensor, cond: Cond | None) -> tuple[Tensor, Tensor]:
+        return self.of_value_and_grad(*self.reward.value_and_grad(x, cond))
+
+    def __str__(self) -> str:
+        return f"{self.name}({self.reward})"
+
+
+@final
+@dataclass(frozen=True, eq=False)
 class Decoded(Potential):
     """A reward on decoded states: phi(decode(x)), e.g. of an image behind an auto-encoder."""
 

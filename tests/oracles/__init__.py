@@ -20,7 +20,7 @@ from tiltflow.functional import Functional
 from tiltflow.potential import Differentiable, Potential
 from tiltflow.rewards.points import Linear
 from tiltflow.seed import Seed
-from tiltflow.utilities import Entropy, ExpectedReward, LeftCVaR, RightCVaR
+from tiltflow.utilities import Entropy, ExpectedReward, LeftCVaR, MeanVariance, RightCVaR
 
 
 def axis(low: float, high: float, count: int) -> Tensor:
@@ -167,5 +167,6 @@ FUNCTIONALS: dict[str, Callable[[Potential, Density], Functional]] = {
     "ExpectedReward": lambda r, prior: ExpectedReward(r),
     "KL": lambda r, prior: KL(prior),
     "LeftCVaR": lambda r, prior: LeftCVaR(r, 0.2),
+    "MeanVariance": lambda r, prior: MeanVariance(r, 0.7),
     "RightCVaR": lambda r, prior: RightCVaR(r, 0.8),
 }

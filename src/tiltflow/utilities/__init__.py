@@ -3,5 +3,6 @@
 from tiltflow.utilities.cvar import LeftCVaR, RightCVaR
 from tiltflow.utilities.entropy import Entropy
 from tiltflow.utilities.expected_reward import ExpectedReward
+from tiltflow.utilities.mean_variance import MeanVariance
 
-__all__ = ["Entropy", "ExpectedReward", "LeftCVaR", "RightCVaR"]
+__all__ = ["Entropy", "ExpectedReward", "LeftCVaR", "MeanVariance", "RightCVaR"]

@@ -1,0 +1,59 @@
+"""The mean of a reward, less its variance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from torch import Tensor
+
+from tiltflow.density import Density
+from tiltflow.errors import ConfigError
+from tiltflow.functional import Functional, error_of, influence
+from tiltflow.potential import Potential, Shaped
+from tiltflow.types import Access, Estimate
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class MeanVariance(Functional):
+    """F[p] = E_p r - c Var_p r, with first variation r - c (r - m)^2, m = E_p r frozen.
+
+    Raising it asks for rewards that are high and alike. It is convex in p, so that mirror descent
+    finds a local optimum (methods, table of section 3.3).
+
+    Args:
+        reward: r; needs a value.
+        aversion: c >= 0, in units of one over the reward.
+    """
+
+    reward: Potential
+    aversion: float
+
+    def __post_init__(self) -> None:
+        if not self.aversion >= 0:
+            raise ConfigError(
+                f"MeanVariance: aversion={self.aversion!r} must be a number of at least 0."
+            )
+
+    def offers(self, log: Access) -> Access:
+        return self.reward.offers if Access.VALUE in self.reward.offers else Access.NONE
+
+    def value(self, p: Density) -> Estimate:
+        """Plug-in value; the influence function is the first variation."""
+        values = influence(self.first_variation(p), p)
+        # E[r - c (r - m)^2] is E r - c Var r itself.
+        mean = float((p.bank.weights.double().to(values.device) * values).sum())
+        return Estimate(mean, error_of(values, p), 0 if p.bank.exact else len(values))
+
+    def first_variation(self, p: Density) -> Potential:
+        self.reward.require(Access.VALUE, "MeanVariance")
+        mean, c = float(p.expect(self.reward.value)), self.aversion
+
+        def shape(r: Tensor) -> tuple[Tensor, Tensor]:
+            return r - c * (r - mean) ** 2, 1 - 2 * c * (r - mean)
+
+        return Shaped(self.reward, shape, "MeanVariance")
+
+    def __str__(self) -> str:
+        return f"MeanVariance({self.reward}, aversion={self.aversion:g})"
