@@ -29,7 +29,14 @@ from tiltflow.sample import Sampler
 from tiltflow.schedule import Cosine
 from tiltflow.seed import Seed
 from tiltflow.types import Access, Cond
-from tiltflow.utilities import Entropy, ExpectedReward, LeftCVaR, MeanVariance, RightCVaR
+from tiltflow.utilities import (
+    EntropicRisk,
+    Entropy,
+    ExpectedReward,
+    LeftCVaR,
+    MeanVariance,
+    RightCVaR,
+)
 
 ACCESSES = (Access.NONE, Access.VALUE, Access.GRAD, Access.BOTH)
 names = pytest.mark.parametrize("name", sorted(FUNCTIONALS))
@@ -485,3 +492,35 @@ def test_mean_variance_of_a_gaussian() -> None:
 def test_mean_variance_refuses_a_negative_aversion() -> None:
     with pytest.raises(ConfigError, match="aversion"):
         MeanVariance(GATEAUX_REWARD, -1.0)
+
+
+# ---------------------------------------------------------------- entropic risk
+
+
+@pytest.mark.parametrize("b", [-3.0, 0.5, 3.0])
+def test_entropic_risk_of_a_gaussian(b: float) -> None:
+    """N(m, s^2), r = x: (1/b) log E exp(b x) = m + b s^2 / 2, also where exp overflows."""
+    density = nodes(gaussian([0.4], 0.8))
+    exact = 0.4 + b * 0.64 / 2
+    risk = EntropicRisk(Differentiable(lambda x: x[:, 0]), b)
+    assert risk.value(density).value == pytest.approx(exact, rel=1e-6)
+    shifted = EntropicRisk(Differentiable(lambda x: x[:, 0] + 1000), b)
+    assert shifted.value(density).value == pytest.approx(exact + 1000, rel=1e-9)
+
+
+def test_entropic_risk_standard_error() -> None:
+    """The error of the plug-in value is its spread over independent banks (chi-square, 60)."""
+    risk = EntropicRisk(Differentiable(lambda x: x[:, 0]), 1.0)
+    mixture, found, errors = gaussian([0.0], 1.0), [], []
+    for k in range(60):
+        estimate = risk.value(Empirical(mixture.sample(2000, Seed(k))))
+        found.append(estimate.value)
+        errors.append(estimate.standard_error)
+    ratio = float(torch.tensor(found).std()) / (sum(errors) / 60)
+    assert 0.7 < ratio < 1.3
+
+
+@pytest.mark.parametrize("b", [0.0, float("nan"), float("inf")])
+def test_entropic_risk_refuses_zero(b: float) -> None:
+    with pytest.raises(ConfigError, match="sensitivity"):
+        EntropicRisk(GATEAUX_REWARD, b)

@@ -66,7 +66,14 @@ if TYPE_CHECKING:
     from tiltflow.space import Euclidean, Masked, Space, ZeroMean
     from tiltflow.training import Training
     from tiltflow.types import Access, Cond, Conditions, Estimate
-    from tiltflow.utilities import Entropy, ExpectedReward, LeftCVaR, MeanVariance, RightCVaR
+    from tiltflow.utilities import (
+        EntropicRisk,
+        Entropy,
+        ExpectedReward,
+        LeftCVaR,
+        MeanVariance,
+        RightCVaR,
+    )
 
 __version__ = "0.1.0"
 
@@ -94,7 +101,7 @@ _HOMES = {
     "space": "Euclidean Masked Space ZeroMean",
     "training": "Training",
     "types": "Access Cond Conditions Estimate",
-    "utilities": "Entropy ExpectedReward LeftCVaR MeanVariance RightCVaR",
+    "utilities": "EntropicRisk Entropy ExpectedReward LeftCVaR MeanVariance RightCVaR",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 
@@ -136,6 +143,7 @@ __all__ = [
     "Deterministic",
     "Differentiable",
     "Empirical",
+    "EntropicRisk",
     "Entropy",
     "Estimate",
     "Euclidean",

@@ -20,7 +20,14 @@ from tiltflow.functional import Functional
 from tiltflow.potential import Differentiable, Potential
 from tiltflow.rewards.points import Linear
 from tiltflow.seed import Seed
-from tiltflow.utilities import Entropy, ExpectedReward, LeftCVaR, MeanVariance, RightCVaR
+from tiltflow.utilities import (
+    EntropicRisk,
+    Entropy,
+    ExpectedReward,
+    LeftCVaR,
+    MeanVariance,
+    RightCVaR,
+)
 
 
 def axis(low: float, high: float, count: int) -> Tensor:
@@ -163,6 +170,7 @@ GATEAUX_REWARD: Potential = Differentiable(lambda x: x[:, 0].sin() + 0.3 * x[:, 
 # One example of every functional that `utilities` and `divergences` export: name -> (reward,
 # prior) -> functional. A new functional adds its line here and is under contract.
 FUNCTIONALS: dict[str, Callable[[Potential, Density], Functional]] = {
+    "EntropicRisk": lambda r, prior: EntropicRisk(r, -0.8),
     "Entropy": lambda r, prior: Entropy(),
     "ExpectedReward": lambda r, prior: ExpectedReward(r),
     "KL": lambda r, prior: KL(prior),

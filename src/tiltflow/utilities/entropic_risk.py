@@ -1,0 +1,68 @@
+"""The certainty equivalent of exponential utility."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import final
+
+from torch import Tensor
+
+from tiltflow.density import Density
+from tiltflow.errors import ConfigError
+from tiltflow.functional import Functional, error_of, influence
+from tiltflow.potential import Potential, Shaped
+from tiltflow.types import Access, Estimate
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class EntropicRisk(Functional):
+    """F[p] = (1/b) log E_p exp(b r), with first variation exp(b r) / (b E_p exp(b r)).
+
+    b -> 0 is the mean. b > 0 rewards rare excellence and is concave in p, b < 0 punishes rare
+    failure and is convex, so that mirror descent finds a local optimum. The first variation grows
+    exponentially in b r: keep b times the spread of r within a few units.
+
+    Args:
+        reward: r; needs a value.
+        sensitivity: b, not zero, in units of one over the reward.
+    """
+
+    reward: Potential
+    sensitivity: float
+
+    def __post_init__(self) -> None:
+        if self.sensitivity == 0 or not math.isfinite(self.sensitivity):
+            raise ConfigError(
+                f"EntropicRisk: sensitivity={self.sensitivity!r} must be a number other than 0; "
+                "its limit 0 is ExpectedReward."
+            )
+
+    def offers(self, log: Access) -> Access:
+        return self.reward.offers if Access.VALUE in self.reward.offers else Access.NONE
+
+    def value(self, p: Density) -> Estimate:
+        """Plug-in value; the influence function is the first variation."""
+        values = influence(self.first_variation(p), p)
+        count = 0 if p.bank.exact else len(values)
+        return Estimate(self._log_mean(p) / self.sensitivity, error_of(values, p), count)
+
+    def first_variation(self, p: Density) -> Potential:
+        b, log_mean = self.sensitivity, self._log_mean(p)
+
+        def shape(r: Tensor) -> tuple[Tensor, Tensor]:
+            tilt = (b * r - log_mean).exp()
+            return tilt / b, tilt
+
+        return Shaped(self.reward, shape, "EntropicRisk")
+
+    def _log_mean(self, p: Density) -> float:
+        """log E exp(b r), in the log domain and float64."""
+        self.reward.require(Access.VALUE, "EntropicRisk")
+        bank = p.bank
+        scaled = self.sensitivity * self.reward.value(bank.points, bank.cond).double()
+        return float((scaled + bank.weights.double().to(scaled.device).log()).logsumexp(0))
+
+    def __str__(self) -> str:
+        return f"EntropicRisk({self.reward}, sensitivity={self.sensitivity:g})"
