@@ -439,16 +439,20 @@ def towards(x: Tensor, cond: Cond) -> Tensor:
 SIGNED = Differentiable(towards, takes_cond=True)
 
 
-def test_conditions() -> None:
-    """Each conditional law is tilted by its own reward: level * x moves N(0, 1) by its level."""
-    problem = ControlProblem(conditional(), SIGNED, Levels())
-    out = quick(400, 1e-2).solve(problem, Context(SEED))
+def assert_moved_by_level(model: FlowModel) -> None:
     cond = Levels().draw(4000, SEED)
-    x = EULER.sample(out.model, 4000, seed=SEED, cond=cond)[:, 0]
+    x = EULER.sample(model, 4000, seed=SEED, cond=cond)[:, 0]
     level = cond["level"]
     assert isinstance(level, Tensor)
     for sign in (-1.0, 1.0):
         assert float(x[level == sign].mean()) == pytest.approx(sign, abs=0.12)
+
+
+def test_conditions() -> None:
+    """Each conditional law is tilted by its own reward: level * x moves N(0, 1) by its level."""
+    problem = ControlProblem(conditional(), SIGNED, Levels())
+    out = quick(400, 1e-2).solve(problem, Context(SEED))
+    assert_moved_by_level(out.model)
 
 
 def test_hard_conditions_are_not_left_behind() -> None:
@@ -459,11 +463,7 @@ def test_hard_conditions_are_not_left_behind() -> None:
     problem = ControlProblem(conditional(), uneven, Levels())
     out = quick(400, 1e-2).solve(problem, Context(SEED))
     assert "gap" not in out.stats
-    cond = Levels().draw(4000, SEED)
-    x, level = EULER.sample(out.model, 4000, seed=SEED, cond=cond)[:, 0], cond["level"]
-    assert isinstance(level, Tensor)
-    for sign in (-1.0, 1.0):
-        assert float(x[level == sign].mean()) == pytest.approx(sign, abs=0.12)
+    assert_moved_by_level(out.model)
 
 
 def test_no_tolerance_with_conditions() -> None:

@@ -25,6 +25,7 @@ from tiltflow.solvers.targets import (
     Mixer,
     Points,
     Weights,
+    actual_shift,
     adjoint_target,
     choose_steps,
     path_weights,
@@ -172,7 +173,11 @@ def test_the_targets_are_clipped() -> None:
     for clip in (0.5, 2.0):
         for target in (
             adjoint_target(path, steps, clip)[0],
-            value_target(path, replace(weights, weight=torch.full((100,), 2.0)), clip),
+            value_target(
+                path,
+                replace(weights, weight=torch.full((100,), 2.0)),
+                actual_shift(path, clip),
+            ),
         ):
             longest = (target - path.reference).norm(dim=2).max(1).values
             assert bool((longest <= clip * actual * 1.001).all())

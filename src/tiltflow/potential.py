@@ -5,13 +5,15 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol, final
+from typing import Literal, Protocol, TypeVar, final
 
 import torch
 from torch import Tensor
 
 from tiltflow.errors import CapabilityError, NonFiniteError, ShapeError
 from tiltflow.types import Access, Cond, expand_as
+
+T = TypeVar("T")
 
 
 class Potential(abc.ABC):
@@ -139,39 +141,44 @@ class Combination(Potential):
         return offered
 
     def _value(self, x: Tensor, cond: Cond | None) -> Tensor:
-        total, known = x.new_zeros(x.shape[0]), dict[int, Tensor]()
+        total, value_of = x.new_zeros(x.shape[0]), _once(lambda source: source.value(x, cond))
         for scale, term in self.terms:
-            source = term.source
-            if id(source) not in known:
-                known[id(source)] = source.value(x, cond)
-            total = total + scale * term.of_value(known[id(source)])
+            total = total + scale * term.of_value(value_of(term.source))
         return total
 
     def _grad(self, x: Tensor, cond: Cond | None) -> Tensor:
-        total, known = torch.zeros_like(x), dict[int, tuple[Tensor, Tensor]]()
+        total, both_of = torch.zeros_like(x), _once(lambda source: source.value_and_grad(x, cond))
+        shared = {id(term.source) for _, term in self.terms if term.source is not term}
         for scale, term in self.terms:
-            source = term.source
-            if source is term and id(term) not in known:
-                total = total + scale * term.grad(x, cond)  # it may have no value
-                continue
-            if id(source) not in known:
-                known[id(source)] = source.value_and_grad(x, cond)
-            total = total + scale * term.of_value_and_grad(*known[id(source)])[1]
+            if id(term.source) in shared:
+                grad = term.of_value_and_grad(*both_of(term.source))[1]
+            else:
+                grad = term.grad(x, cond)  # it may have no value
+            total = total + scale * grad
         return total
 
     def _value_and_grad(self, x: Tensor, cond: Cond | None) -> tuple[Tensor, Tensor]:
         value, grad = x.new_zeros(x.shape[0]), torch.zeros_like(x)
-        known: dict[int, tuple[Tensor, Tensor]] = {}
+        both_of = _once(lambda source: source.value_and_grad(x, cond))
         for scale, term in self.terms:
-            source = term.source
-            if id(source) not in known:  # several hinges of one reward cost one evaluation
-                known[id(source)] = source.value_and_grad(x, cond)
-            v, g = term.of_value_and_grad(*known[id(source)])
+            v, g = term.of_value_and_grad(*both_of(term.source))
             value, grad = value + scale * v, grad + scale * g
         return value, grad
 
     def __str__(self) -> str:
         return " + ".join(f"{c:.3g}·{term}" for c, term in self.terms) or "0"
+
+
+def _once(evaluate: Callable[[Potential], T]) -> Callable[[Potential], T]:
+    """Evaluate each object once: several hinges of one reward cost one evaluation."""
+    known: dict[int, T] = {}
+
+    def remembered(source: Potential) -> T:
+        if id(source) not in known:
+            known[id(source)] = evaluate(source)
+        return known[id(source)]
+
+    return remembered
 
 
 def combine(*parts: tuple[float, Potential]) -> Potential:
@@ -259,9 +266,53 @@ class BlackBox(Potential):
             return self._function(x, cond) if self._takes_cond else self._function(x)
 
 
+def offers_through_values(reward: Potential) -> Access:
+    """What a function of a reward's values offers: its gradient needs the value too."""
+    return reward.offers if Access.VALUE in reward.offers else Access.NONE
+
+
+class OfReward(Potential, abc.ABC):
+    """A function of the values of one reward: phi = f(r), grad phi = f'(r) grad r."""
+
+    reward: Potential
+
+    @abc.abstractmethod
+    def applied(self, r: Tensor) -> tuple[Tensor, Tensor]:
+        """f(r) and f'(r), both (B,)."""
+
+    @property
+    def offers(self) -> Access:
+        return offers_through_values(self.reward)
+
+    @property
+    def source(self) -> Potential:
+        return self.reward
+
+    @final
+    def of_value(self, value: Tensor) -> Tensor:
+        return self.applied(value)[0]
+
+    @final
+    def of_value_and_grad(self, value: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        applied, slope = self.applied(value)
+        return applied, expand_as(slope.to(grad), grad) * grad
+
+    @final
+    def _value(self, x: Tensor, cond: Cond | None) -> Tensor:
+        return self.of_value(self.reward.value(x, cond))
+
+    @final
+    def _grad(self, x: Tensor, cond: Cond | None) -> Tensor:
+        return self._value_and_grad(x, cond)[1]
+
+    @final
+    def _value_and_grad(self, x: Tensor, cond: Cond | None) -> tuple[Tensor, Tensor]:
+        return self.of_value_and_grad(*self.reward.value_and_grad(x, cond))
+
+
 @final
 @dataclass(frozen=True, eq=False)
-class Hinge(Potential):
+class Hinge(OfReward):
     """One side of a reward, scaled: the first variation of a tail expectation.
 
     ``side="above"``: slope * (r - threshold)_+ ; ``side="below"``: -slope * (threshold - r)_+.
@@ -273,37 +324,17 @@ class Hinge(Potential):
     slope: float
     side: Literal["above", "below"]
 
-    @property
-    def offers(self) -> Access:
-        # The gradient needs the value too: it decides which side a sample is on.
-        return self.reward.offers if Access.VALUE in self.reward.offers else Access.NONE
-
     def active(self, x: Tensor, cond: Cond | None = None) -> Tensor:
         """Which samples feel the hinge, (B,) of bool."""
-        r = self.reward.value(x, cond)
+        return self._active(self.reward.value(x, cond))
+
+    def _active(self, r: Tensor) -> Tensor:
         return r > self.threshold if self.side == "above" else r < self.threshold
 
-    @property
-    def source(self) -> Potential:
-        return self.reward
-
-    def of_value(self, value: Tensor) -> Tensor:
-        over = value - self.threshold
-        return self.slope * (over.clamp(min=0) if self.side == "above" else over.clamp(max=0))
-
-    def of_value_and_grad(self, value: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-        above = self.side == "above"
-        active = value > self.threshold if above else value < self.threshold
-        return self.of_value(value), expand_as(self.slope * active.to(grad), grad) * grad
-
-    def _value(self, x: Tensor, cond: Cond | None) -> Tensor:
-        return self.of_value(self.reward.value(x, cond))
-
-    def _grad(self, x: Tensor, cond: Cond | None) -> Tensor:
-        return self._value_and_grad(x, cond)[1]
-
-    def _value_and_grad(self, x: Tensor, cond: Cond | None) -> tuple[Tensor, Tensor]:
-        return self.of_value_and_grad(*self.reward.value_and_grad(x, cond))
+    def applied(self, r: Tensor) -> tuple[Tensor, Tensor]:
+        over = r - self.threshold
+        excess = over.clamp(min=0) if self.side == "above" else over.clamp(max=0)
+        return self.slope * excess, self.slope * self._active(r).to(r)
 
     def __str__(self) -> str:
         return f"Hinge({self.reward}, {self.side} {self.threshold:.4g})"
@@ -311,7 +342,7 @@ class Hinge(Potential):
 
 @final
 @dataclass(frozen=True, eq=False)
-class Shaped(Potential):
+class Shaped(OfReward):
     """A smooth function of a reward: phi = f(r), grad phi = f'(r) grad r.
 
     Args:
@@ -324,29 +355,8 @@ class Shaped(Potential):
     shape: Callable[[Tensor], tuple[Tensor, Tensor]]
     name: str = "Shaped"
 
-    @property
-    def offers(self) -> Access:
-        return self.reward.offers if Access.VALUE in self.reward.offers else Access.NONE
-
-    @property
-    def source(self) -> Potential:
-        return self.reward
-
-    def of_value(self, value: Tensor) -> Tensor:
-        return self.shape(value)[0]
-
-    def of_value_and_grad(self, value: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-        shaped, slope = self.shape(value)
-        return shaped, expand_as(slope.to(grad), grad) * grad
-
-    def _value(self, x: Tensor, cond: Cond | None) -> Tensor:
-        return self.of_value(self.reward.value(x, cond))
-
-    def _grad(self, x: Tensor, cond: Cond | None) -> Tensor:
-        return self._value_and_grad(x, cond)[1]
-
-    def _value_and_grad(self, x: Tensor, cond: Cond | None) -> tuple[Tensor, Tensor]:
-        return self.of_value_and_grad(*self.reward.value_and_grad(x, cond))
+    def applied(self, r: Tensor) -> tuple[Tensor, Tensor]:
+        return self.shape(r)
 
     def __str__(self) -> str:
         return f"{self.name}({self.reward})"

@@ -216,18 +216,15 @@ def _coupled(
     times = kernel.grid(2 * sampler.num_steps).to(coarse)
     for k in range(0, len(times) - 1, 2):
         t, middle, s = (time.expand(count) for time in times[k : k + 3])
-        noise = torch.zeros_like(fine)
+        noise, variance = torch.zeros_like(fine), torch.zeros_like(t)
         for a, b in ((t, middle), (middle, s)):
             c = kernel.coefficients(process.schedule, a, b)
             z = expand_as(c.variance.sqrt(), fine) * space.noise(count, generator, cond)
             fine = kernel.transition(process, fine, a, b, cond).mean + z
             noise = expand_as(c.on_state, noise) * noise + z
-            if a is t:
-                carried = c.variance
-            else:
-                carried = c.on_state**2 * carried + c.variance
+            variance = c.on_state**2 * variance + c.variance
         step = kernel.transition(process, coarse, t, s, cond)
-        scale = (step.variance / carried.clamp(min=1e-30)).sqrt()
+        scale = (step.variance / variance.clamp(min=1e-30)).sqrt()
         coarse = step.mean + expand_as(scale, noise) * noise
     return coarse, fine
 

@@ -74,7 +74,8 @@ class Estimate:
 
 
 def expand_as(coefficient: Tensor, x: Tensor) -> Tensor:
-    """Append axes to ``coefficient`` (B,) or () until it broadcasts against ``x`` (B, *event)."""
+    """Append axes to ``coefficient`` until it broadcasts against ``x``, whose first axes it has:
+    () or (B,) for x (B, *event), (K,) or (K, B) for x (K, B, *event)."""
     if coefficient.ndim == 0:
         return coefficient
     return coefficient.reshape(coefficient.shape + (1,) * (x.ndim - coefficient.ndim))

@@ -71,8 +71,9 @@ class AdjointMatching:
             0 keeps the sampler's number.
         num_evaluate: fresh trajectories for the final statistics.
 
-    Cost of an iteration: ``num_steps`` evaluations of both models, as many vector-Jacobian
-    products of the reference, and ``updates_per_rollout`` updates.
+    Cost of an iteration: ``num_steps`` evaluations of both models, at most as many
+    vector-Jacobian products of the reference (fewer where values are mixed in), and
+    ``updates_per_rollout`` updates.
     """
 
     needs: ClassVar[Access] = Access.GRAD

@@ -117,7 +117,8 @@ def rollout(
 
     There is no graph through the roll-out; each step keeps only the graph of its own reference
     mean, of at most ``chunk`` trajectories at a time. ``carry = (first, fraction)``: before the
-    step ``first``, only a random fraction of the trajectories carries its adjoint on.
+    step ``first``, only a random fraction of the trajectories carries its adjoint on
+    (not with a running reward, which every step needs).
     """
     generator = seed.generator(device_of(tuned))
     size = chunk or count
@@ -279,11 +280,9 @@ class _Path:
         """Everything in stacks, with the KL and the log-ratio of the path laws."""
         frozen, reference, tuned = (torch.stack(e) for e in zip(*self.endpoints, strict=True))
         states = torch.stack([*self.leaves, self.end]).detach()
-        # A noiseless step is shared by both laws and has no density.
-        scale = [
-            g / d if d > 0 else 0.0 for g, d in zip(self.on_endpoint, self.deviation, strict=True)
-        ]
-        shift = (tuned - reference).flatten(2) * frozen.new_tensor(scale)[:, None, None]
+        # In standard deviations; a noiseless step is shared by both laws and has weight 0.
+        scale = (2 * self.steps.weight).sqrt()
+        shift = (tuned - reference).flatten(2) * scale[:, None, None]
         kl = 0.5 * shift.square().sum((0, 2))
         ratio = kl + (shift * torch.stack(self.noise).flatten(2)).sum((0, 2))
         weight = None if gain is None else gain - ratio

@@ -61,7 +61,7 @@ def adjoint_target(path: Rollout, steps: Steps, clip: float | None) -> tuple[Ten
     """
     c, adjoint = steps.coefficients, path.adjoints[1:]
     gain = c.variance / c.on_endpoint
-    shift = shortened(_over(gain, adjoint) * adjoint, path.states[-1] - path.reference, clip)
+    shift = shortened(expand_as(gain, adjoint) * adjoint, path.states[-1] - path.reference, clip)
     active = adjoint[-1].flatten(1).any(1)
     return path.reference + shift, float(active.float().mean())
 
@@ -79,7 +79,7 @@ def shortened(shift: Tensor, actual: Tensor, clip: float | None) -> Tensor:
         return shift
     typical = actual.flatten(2).norm(dim=2).median(1, keepdim=True).values
     length = shift.flatten(2).norm(dim=2).clamp(min=1e-30)
-    return shift * _over((clip * typical / length).clamp(max=1.0), shift)
+    return shift * expand_as((clip * typical / length).clamp(max=1.0), shift)
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def path_weights(log_weight: Tensor, min_effective: float) -> Weights:
     return Weights(weight.float(), high, full)
 
 
-def value_target(path: Rollout, weights: Weights, clip: float | None = None) -> Tensor:
+def value_target(path: Rollout, weights: Weights, actual: Tensor | None = None) -> Tensor:
     """A second target with the same fixed point, from values instead of gradients::
 
         e_tuned(x_k) + (w - 1)_+ (x_K - e_tuned(x_k))
@@ -128,23 +128,27 @@ def value_target(path: Rollout, weights: Weights, clip: float | None = None) -> 
     model, E[X_1 - e_tuned | x] = 0; but a model in training is not consistent, and where
     E[w | x] < 1 the error of its end points would grow by 1 - E[w | x] in every round. Positive
     coefficients only ever restore consistency.
+
+    Args:
+        path: on-policy trajectories.
+        weights: of the trajectories.
+        actual: ``actual_shift`` of the path, (K, B, *event); not clipped by default.
     """
-    return path.tuned + _times((weights.weight - 1).clamp(min=0), _actual(path, clip))
+    actual = actual_shift(path, None) if actual is None else actual
+    return path.tuned + expand_as((weights.weight - 1).clamp(min=0), actual[0]) * actual
 
 
-def _actual(path: Rollout, clip: float | None) -> Tensor:
+def actual_shift(path: Rollout, clip: float | None) -> Tensor:
     """Where paths ended, seen from where the tuned model expected them to, (K, B, *event)."""
     actual = path.states[-1] - path.tuned
     return shortened(actual, actual, clip)
 
 
-def _times(weight: Tensor, shift: Tensor) -> Tensor:
-    """(B,) times (K, B, *event)."""
-    return _over(weight.expand(shift.shape[:2]), shift) * shift
-
-
 BIAS_WEIGHT = 30.0
 """How much more a squared bias counts than a variance, which averages out over roll-outs."""
+
+CARRIED = 1 / 8
+"""Fraction of the trajectories that carry their adjoint where values say nearly everything."""
 
 
 @final
@@ -173,11 +177,12 @@ class Mixer:
 
         A value target of tempered weights goes only the part ``temper`` of the way.
         """
-        value, temper = value_target(path, weights, clip), max(weights.temper, 1e-3)
+        actual, temper = actual_shift(path, clip), max(weights.temper, 1e-3)
+        value = value_target(path, weights, actual)
         shifts = (
             adjoint - path.tuned,
             (value - path.tuned) / temper,
-            _times((weights.weight - 1) / temper, _actual(path, clip)),
+            expand_as((weights.weight - 1) / temper, actual[0]) * actual,
             path.states[:-1],
         )
         carried = path.carried
@@ -194,7 +199,7 @@ class Mixer:
             spoken = torch.zeros_like(share[:first])
             spoken[:, known] = (share[:first, known] / fraction).clamp(max=1.0)
             share = torch.cat([spoken, share[first:]])
-        return torch.lerp(value, adjoint, _over(share, adjoint))
+        return torch.lerp(value, adjoint, expand_as(share, adjoint))
 
     @property
     def share(self) -> Tensor:
@@ -207,8 +212,10 @@ class Mixer:
 
         Where the share is below an eighth, an eighth of the trajectories can bear it.
         """
-        wanted = (self.share >= 1 / 8).nonzero() if self.noise.numel() else torch.zeros(1)
-        return (int(wanted[0]) if len(wanted) else self.noise.shape[1] - 1), 1 / 8
+        if not self.noise.numel():
+            return 0, 1.0
+        wanted = (self.share >= CARRIED).nonzero()
+        return (int(wanted[0]) if len(wanted) else self.noise.shape[1] - 1), CARRIED
 
 
 def _statistics(to_adjoint: Tensor, to_value: Tensor, to_optimum: Tensor, x: Tensor) -> Tensor:
@@ -230,11 +237,6 @@ def _disagreement(first: Tensor, second: Tensor, x: Tensor) -> Tensor:
         excess = weighted.mean(1).square() - weighted.var(1) / weighted.shape[1]
         total = total + excess.sum(1)
     return total
-
-
-def _over(coefficient: Tensor, x: Tensor) -> Tensor:
-    """Broadcast (K,) or (K, B) against (K, B, *event)."""
-    return coefficient.reshape(coefficient.shape + (1,) * (x.ndim - coefficient.ndim))
 
 
 def choose_steps(

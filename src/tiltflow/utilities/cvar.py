@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, final
 from tiltflow.density import Density
 from tiltflow.errors import ConfigError
 from tiltflow.functional import Functional, error_of, influence
-from tiltflow.potential import Hinge, Potential
+from tiltflow.potential import Hinge, Potential, offers_through_values
 from tiltflow.types import Access, Estimate
 
 FEWEST_TAIL_SAMPLES = 10
@@ -39,7 +39,7 @@ class _Tail(Functional, abc.ABC):
     @final
     def offers(self, log: Access) -> Access:
         # The gradient needs the value too: it decides which side of the quantile a sample is on.
-        return self.reward.offers if Access.VALUE in self.reward.offers else Access.NONE
+        return offers_through_values(self.reward)
 
     @final
     def value(self, p: Density) -> Estimate:

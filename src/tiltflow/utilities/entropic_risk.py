@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 from torch import Tensor
 
 from tiltflow.density import Density
 from tiltflow.errors import ConfigError
-from tiltflow.functional import Functional, error_of, influence
-from tiltflow.potential import Potential, Shaped
+from tiltflow.functional import Functional
+from tiltflow.potential import Potential, Shaped, offers_through_values
 from tiltflow.types import Access, Estimate
 
 
@@ -40,16 +40,19 @@ class EntropicRisk(Functional):
             )
 
     def offers(self, log: Access) -> Access:
-        return self.reward.offers if Access.VALUE in self.reward.offers else Access.NONE
+        return offers_through_values(self.reward)
 
     def value(self, p: Density) -> Estimate:
         """Plug-in value; the influence function is the first variation."""
-        values = influence(self.first_variation(p), p)
-        count = 0 if p.bank.exact else len(values)
-        return Estimate(self._log_mean(p) / self.sensitivity, error_of(values, p), count)
+        log_mean = self._log_mean(p)
+        influence = p.estimate(self._variation(log_mean).value)
+        return replace(influence, value=log_mean / self.sensitivity)
 
     def first_variation(self, p: Density) -> Potential:
-        b, log_mean = self.sensitivity, self._log_mean(p)
+        return self._variation(self._log_mean(p))
+
+    def _variation(self, log_mean: float) -> Potential:
+        b = self.sensitivity
 
         def shape(r: Tensor) -> tuple[Tensor, Tensor]:
             tilt = (b * r - log_mean).exp()

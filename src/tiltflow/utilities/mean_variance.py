@@ -9,8 +9,8 @@ from torch import Tensor
 
 from tiltflow.density import Density
 from tiltflow.errors import ConfigError
-from tiltflow.functional import Functional, error_of, influence
-from tiltflow.potential import Potential, Shaped
+from tiltflow.functional import Functional
+from tiltflow.potential import Potential, Shaped, offers_through_values
 from tiltflow.types import Access, Estimate
 
 
@@ -37,14 +37,12 @@ class MeanVariance(Functional):
             )
 
     def offers(self, log: Access) -> Access:
-        return self.reward.offers if Access.VALUE in self.reward.offers else Access.NONE
+        return offers_through_values(self.reward)
 
     def value(self, p: Density) -> Estimate:
         """Plug-in value; the influence function is the first variation."""
-        values = influence(self.first_variation(p), p)
         # E[r - c (r - m)^2] is E r - c Var r itself.
-        mean = float((p.bank.weights.double().to(values.device) * values).sum())
-        return Estimate(mean, error_of(values, p), 0 if p.bank.exact else len(values))
+        return p.estimate(self.first_variation(p).value)
 
     def first_variation(self, p: Density) -> Potential:
         self.reward.require(Access.VALUE, "MeanVariance")
