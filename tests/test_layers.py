@@ -15,7 +15,7 @@ import tiltflow
 PACKAGE = Path(tiltflow.__file__).parent
 LAYERS = [
     "errors types seed context",
-    "schedule space potential",
+    "schedule space potential features similarity",
     "delta flow guidance",
     "kernel",
     "sample training",

@@ -72,6 +72,14 @@ class Density(abc.ABC):
     def log(self) -> Potential:
         """log p, up to a constant: VALUE is the log-density, GRAD the score."""
 
+    def with_log(self, log: Potential) -> Density:
+        """The same law, knowing more of its log-density; itself where ``log`` is exact already."""
+        return self
+
+    def at_least(self, num_samples: int) -> Density:
+        """The same law with a bank of at least this size, where it can be drawn."""
+        return self
+
     @final
     def expect(self, f: Function) -> Tensor:
         """E_p[f], a scalar tensor in float64."""
@@ -200,14 +208,19 @@ class FlowDensity(Density):
         self._log = ModelScore(model, score_time) if log is None else log
 
     def with_log(self, log: Potential) -> FlowDensity:
-        """The same samples with a better log-density."""
-        other = FlowDensity(
-            self.model, sampler=self.sampler, num_samples=self.num_samples, seed=self.seed,
-            conditions=self.conditions, score_time=self.score_time, log=log,
-        )  # fmt: skip
+        other = self._with(self.num_samples, log)
         if "bank" in self.__dict__:
             other.__dict__["bank"] = self.__dict__["bank"]
         return other
+
+    def at_least(self, num_samples: int) -> FlowDensity:
+        return self if self.num_samples >= num_samples else self._with(num_samples, self._log)
+
+    def _with(self, num_samples: int, log: Potential) -> FlowDensity:
+        return FlowDensity(
+            self.model, sampler=self.sampler, num_samples=num_samples, seed=self.seed,
+            conditions=self.conditions, score_time=self.score_time, log=log,
+        )  # fmt: skip
 
     @functools.cached_property
     def bank(self) -> Bank:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import abc
+import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import final
+from typing import Literal, TypeVar, final
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -15,6 +17,12 @@ from tiltflow.density import Bank, Density
 from tiltflow.errors import CapabilityError, UnsupportedError
 from tiltflow.potential import ZERO, Potential
 from tiltflow.types import Access, Estimate
+
+T = TypeVar("T")
+
+Curvature = Literal["linear", "concave", "convex", "neither"]
+"""Shape of a functional along mixtures (1 - e) p + e q. To be raised, linear and concave ones are
+safe: mirror descent finds the global optimum (Flow Density Control, theorem 5.1)."""
 
 
 class Functional(abc.ABC):
@@ -41,6 +49,21 @@ class Functional(abc.ABC):
     @abc.abstractmethod
     def first_variation(self, p: Density) -> Potential:
         """delta G[p], something to raise."""
+
+    @property
+    def curvature(self) -> Curvature:
+        """Shape along mixtures of densities."""
+        return "neither"
+
+    @property
+    def samples_needed(self) -> int:
+        """Bank size below which the first variation is noise; 2 where there is no such bound."""
+        return 2
+
+    @property
+    def priors(self) -> tuple[Density, ...]:
+        """Densities that ``p`` is compared with."""
+        return ()
 
     def offers_at(self, p: Density) -> Access:
         """What the first variation at ``p`` offers, before any sample of ``p`` is drawn.
@@ -96,6 +119,22 @@ class Combined(Functional):
     def terms(self) -> tuple[tuple[float, Functional], ...]:
         return self._terms
 
+    @property
+    def curvature(self) -> Curvature:
+        flipped: dict[Curvature, Curvature] = {"concave": "convex", "convex": "concave"}
+        shapes = {
+            t.curvature if c > 0 else flipped.get(t.curvature, t.curvature) for c, t in self.terms
+        } - {"linear"}
+        return "linear" if not shapes else shapes.pop() if len(shapes) == 1 else "neither"
+
+    @property
+    def samples_needed(self) -> int:
+        return max((term.samples_needed for _, term in self.terms), default=2)
+
+    @property
+    def priors(self) -> tuple[Density, ...]:
+        return tuple(prior for _, term in self.terms for prior in term.priors)
+
     def offers(self, log: Access) -> Access:
         offered = Access.BOTH
         for _, term in self.terms:
@@ -144,6 +183,27 @@ class Combined(Functional):
             sign = (" - " if text else "-") if scale < 0 else (" + " if text else "")
             text += f"{sign}{size}{term}"
         return text or "0"
+
+
+F = TypeVar("F", bound=Functional)
+
+
+def per_density(compute: Callable[[F, Density], T]) -> Callable[[F, Density], T]:
+    """A method ``(self, p)`` whose result is kept for as long as both exist.
+
+    For costly parts of a first variation (transport plans, critics, matrices), which a loop asks
+    for several times at one density. The result must not hold ``p`` itself, only its bank.
+    """
+    known: WeakKeyDictionary[F, WeakKeyDictionary[Density, T]] = WeakKeyDictionary()
+
+    @functools.wraps(compute)
+    def remembered(self: F, p: Density) -> T:
+        mine = known.setdefault(self, WeakKeyDictionary())
+        if p not in mine:
+            mine[p] = compute(self, p)
+        return mine[p]
+
+    return remembered
 
 
 def influence(variation: Potential, p: Density) -> Tensor:

@@ -21,6 +21,8 @@ GROUPS: dict[str, str] = {
     "models": "tiltflow.models",
     "kernels": "tiltflow.kernel",
     "schedules": "tiltflow.schedule",
+    "features": "tiltflow.features",
+    "similarities": "tiltflow.similarity",
 }
 """Name of a group -> the module whose public classes it holds."""
 

@@ -18,6 +18,7 @@ from tiltflow.algorithms.mirror_descent import mirror_descent
 from tiltflow.algorithms.rates import RateRule
 from tiltflow.density import Density
 from tiltflow.errors import ConfigError
+from tiltflow.features import Features
 from tiltflow.functional import Functional
 from tiltflow.kernel import Kernel, LinearKernel
 from tiltflow.models import Model
@@ -26,6 +27,7 @@ from tiltflow.problem import Solver
 from tiltflow.registry import Constructor, kinds
 from tiltflow.runfile import Plain
 from tiltflow.schedule import Schedule
+from tiltflow.similarity import Similarity
 
 GROUPS_OF: dict[Any, tuple[str, ...]] = {
     Kernel: ("kernels",),
@@ -37,6 +39,8 @@ GROUPS_OF: dict[Any, tuple[str, ...]] = {
     Solver: ("solvers",),
     RateRule: ("algorithms",),
     Model: ("models",),
+    Features: ("features",),
+    Similarity: ("similarities",),
 }
 """A hint of this class is a choice: the table's ``kind`` names a member of these groups."""
 

@@ -8,7 +8,7 @@ from typing import final
 
 from tiltflow.density import Density, FlowDensity
 from tiltflow.errors import CapabilityError, UnsupportedError
-from tiltflow.functional import Functional, error_of, influence
+from tiltflow.functional import Curvature, Functional, error_of, influence
 from tiltflow.potential import Combination, Potential
 from tiltflow.sample import Sampler, path_kl
 from tiltflow.types import Access, Estimate
@@ -29,6 +29,14 @@ class KL(Functional):
     """
 
     prior: Density
+
+    @property
+    def curvature(self) -> Curvature:
+        return "convex"
+
+    @property
+    def priors(self) -> tuple[Density, ...]:
+        return (self.prior,)
 
     def offers(self, log: Access) -> Access:
         return log & self.prior.log.offers

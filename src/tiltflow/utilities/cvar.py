@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import abc
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
 from tiltflow.density import Density
 from tiltflow.errors import ConfigError
-from tiltflow.functional import Functional, error_of, influence
+from tiltflow.functional import Curvature, Functional, error_of, influence
 from tiltflow.potential import Hinge, Potential, offers_through_values
 from tiltflow.types import Access, Estimate
 
 FEWEST_TAIL_SAMPLES = 10
-"""Below this many effective samples in the tail, its threshold is noise; 100 is the advice of
-methods, section 3.7."""
+"""Below this many effective samples in the tail, its threshold is noise."""
+
+GOOD_TAIL_SAMPLES = 100
+"""So many samples in the tail make a threshold good to a few percent (methods, section 3.7)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +38,14 @@ class _Tail(Functional, abc.ABC):
     @abc.abstractmethod
     def mass(self) -> float:
         """Probability of the tail."""
+
+    @property
+    def curvature(self) -> Curvature:
+        return "concave" if self._side == "above" else "convex"
+
+    @property
+    def samples_needed(self) -> int:
+        return math.ceil(GOOD_TAIL_SAMPLES / self.mass)
 
     @final
     def offers(self, log: Access) -> Access:

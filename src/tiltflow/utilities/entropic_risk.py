@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tiltflow.density import Density
 from tiltflow.errors import ConfigError
-from tiltflow.functional import Functional
+from tiltflow.functional import Curvature, Functional
 from tiltflow.potential import Potential, Shaped, offers_through_values
 from tiltflow.types import Access, Estimate
 
@@ -38,6 +38,10 @@ class EntropicRisk(Functional):
                 f"EntropicRisk: sensitivity={self.sensitivity!r} must be a number other than 0; "
                 "its limit 0 is ExpectedReward."
             )
+
+    @property
+    def curvature(self) -> Curvature:
+        return "concave" if self.sensitivity > 0 else "convex"
 
     def offers(self, log: Access) -> Access:
         return offers_through_values(self.reward)

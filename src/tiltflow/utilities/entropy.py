@@ -7,7 +7,7 @@ from typing import final
 
 from tiltflow.density import Density
 from tiltflow.errors import CapabilityError
-from tiltflow.functional import Functional
+from tiltflow.functional import Curvature, Functional
 from tiltflow.potential import Combination, Potential
 from tiltflow.types import Access, Estimate
 
@@ -21,6 +21,10 @@ class Entropy(Functional):
     Density Control, section 4). Without an anchor it has no maximiser on an unbounded space: stop
     early, or subtract a divergence. Offers what log p offers.
     """
+
+    @property
+    def curvature(self) -> Curvature:
+        return "concave"
 
     def offers(self, log: Access) -> Access:
         return log

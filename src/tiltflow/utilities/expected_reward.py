@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import final
 
 from tiltflow.density import Density
-from tiltflow.functional import Functional
+from tiltflow.functional import Curvature, Functional
 from tiltflow.potential import Potential
 from tiltflow.types import Access, Estimate
 
@@ -24,6 +24,10 @@ class ExpectedReward(Functional):
     """
 
     reward: Potential
+
+    @property
+    def curvature(self) -> Curvature:
+        return "linear"
 
     def offers(self, log: Access) -> Access:
         return self.reward.offers

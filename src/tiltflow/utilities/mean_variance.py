@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tiltflow.density import Density
 from tiltflow.errors import ConfigError
-from tiltflow.functional import Functional
+from tiltflow.functional import Curvature, Functional
 from tiltflow.potential import Potential, Shaped, offers_through_values
 from tiltflow.types import Access, Estimate
 
@@ -35,6 +35,10 @@ class MeanVariance(Functional):
             raise ConfigError(
                 f"MeanVariance: aversion={self.aversion!r} must be a number of at least 0."
             )
+
+    @property
+    def curvature(self) -> Curvature:
+        return "convex" if self.aversion > 0 else "linear"
 
     def offers(self, log: Access) -> Access:
         return offers_through_values(self.reward)
