@@ -1,4 +1,4 @@
-"""All benchmarks: ``python benchmarks/run.py [--quick] [--only ring hard discretisation]``.
+"""All benchmarks: ``python benchmarks/run.py [--quick] [--only ring hard ...]``.
 
 One thread; process CPU-seconds; each page of docs/benchmarks is printed and written.
 """
@@ -11,7 +11,7 @@ import importlib
 import torch
 from common import Settings
 
-PAGES = ("ring", "hard", "discretisation")
+PAGES = ("ring", "hard", "discretisation", "ratios", "transport")
 
 
 def main() -> None:

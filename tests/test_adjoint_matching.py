@@ -562,7 +562,8 @@ def test_starved() -> None:
     hinge = Hinge(LinearReward(1.0), threshold=1e3, slope=5.0, side="above")
     training = Training(num_updates=24, learning_rate=0.1)
     solver = quick(training=training, num_trajectories=16, updates_per_rollout=2)
-    out = solve(model, hinge, solver)
+    with pytest.warns(RuntimeWarning, match="no sample of the last 10 roll-outs"):
+        out = solve(model, hinge, solver)
     assert out.result is Result.STARVED
     assert "gradient" in out.result.value
     assert law(out.model) == pytest.approx(law(model), abs=1e-5)

@@ -15,12 +15,12 @@ import tiltflow
 PACKAGE = Path(tiltflow.__file__).parent
 LAYERS = [
     "errors types seed context",
-    "schedule space potential features similarity",
+    "schedule space potential features distances similarity",
     "delta flow guidance",
     "kernel",
     "sample training",
     "density",
-    "ratio analytic",
+    "ratio analytic transport",
     "functional",
     "utilities divergences",
     "problem",

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tiltflow import experiment, plots, results, run
 from tiltflow.adapters import checkpoint
-from tiltflow.algorithms import PathKLBound
+from tiltflow.algorithms import Attempt, PathKLBound
 from tiltflow.cli import main
 from tiltflow.context import Snapshot
 from tiltflow.errors import (
@@ -145,8 +145,8 @@ def test_killed_and_continued_equals_straight(moment: int, straight: Path, tmp_p
 def test_killed_inside_a_second_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Attempts that a rate rule refused are recomputed on resume, but not recorded twice."""
 
-    def refuse_once(self: PathKLBound, rate: float, kl: float, attempt: int) -> float | None:
-        return rate / 2 if attempt == 0 else None
+    def refuse_once(self: PathKLBound, attempt: Attempt) -> float | None:
+        return attempt.rate / 2 if attempt.number == 0 else None
 
     monkeypatch.setattr(PathKLBound, "retry", refuse_once)
     execute(plan_of(RETRYING), tmp_path / "straight")

@@ -329,7 +329,7 @@ def test_what_is_carried_follows_the_share() -> None:
     """Everything at first; then an eighth of the trajectories where the share is below that."""
     mixer = Mixer()
     assert mixer.carry()[0] == 0
-    mixer.noise = torch.tensor([[9.0, 9.0, 1.0, 9.0], [1.0, 1.0, 1.0, 1.0], [0.0] * 4])
+    mixer.noise = torch.tensor([[9.0, 9.0, 1.0, 9.0], [1.0] * 4, [0.0] * 4, [0.0] * 4])
     assert mixer.carry() == (2, 1 / 8)
     mixer.noise[1] = 0.0
     assert mixer.carry() == (3, 1 / 8)  # the last step is always whole

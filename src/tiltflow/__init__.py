@@ -11,12 +11,43 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tiltflow.algorithms import Fixed, Iterate, PathKLBound, RateRule, mirror_descent
+    from tiltflow.algorithms import (
+        Attempt,
+        Fixed,
+        Iterate,
+        LineSearch,
+        PathKLBound,
+        Planned,
+        Planning,
+        RateRule,
+        discover_modes,
+        mirror_descent,
+        plan,
+        plan_and_tune,
+    )
     from tiltflow.analytic import GaussianMixture, gaussian, ring
     from tiltflow.context import Backend, Context, SingleProcess, Snapshot, Step
     from tiltflow.delta import MLP, Correction, Delta, Full
-    from tiltflow.density import Bank, Density, Empirical, FlowDensity, Mixture, Quadrature
-    from tiltflow.divergences import KL
+    from tiltflow.density import (
+        Bank,
+        Density,
+        Empirical,
+        FlowDensity,
+        Mixture,
+        Quadrature,
+        Reweighted,
+    )
+    from tiltflow.divergences import (
+        KL,
+        MMD,
+        ChiSquare,
+        EnergyDistance,
+        ForwardKL,
+        Hellinger,
+        JensenShannon,
+        Renyi,
+        Wasserstein,
+    )
     from tiltflow.errors import (
         CapabilityError,
         CheckpointError,
@@ -26,6 +57,7 @@ if TYPE_CHECKING:
         TiltflowError,
         UnsupportedError,
     )
+    from tiltflow.features import Coordinates, FeatureMap, Features, Monomials
     from tiltflow.flow import ControlledProcess, FlowModel, Prediction, Process
     from tiltflow.functional import Functional
     from tiltflow.kernel import (
@@ -58,11 +90,28 @@ if TYPE_CHECKING:
         Solution,
         Solver,
     )
+    from tiltflow.ratio import (
+        ExactRatio,
+        Likelihood,
+        LogisticRatio,
+        PathRatio,
+        RatioEstimator,
+        WassersteinCritic,
+        path_log_density,
+    )
     from tiltflow.rewards import Readability
     from tiltflow.sample import Sampler, Trajectory, adapted, calibrated, path_kl
     from tiltflow.schedule import Cosine, Linear, Schedule, Tabulated, VariancePreserving
     from tiltflow.seed import Seed
-    from tiltflow.solvers import AdjointMatching, GaussianSolver, GridSolver
+    from tiltflow.similarity import (
+        CosineSimilarity,
+        GaussianSimilarity,
+        InverseMultiquadric,
+        LaplaceSimilarity,
+        NegativeDistance,
+        Similarity,
+    )
+    from tiltflow.solvers import AdjointMatching, BankSolver, GaussianSolver, GridSolver
     from tiltflow.space import Euclidean, Masked, Space, ZeroMean
     from tiltflow.training import Training
     from tiltflow.types import Access, Cond, Conditions, Estimate
@@ -70,22 +119,31 @@ if TYPE_CHECKING:
         EntropicRisk,
         Entropy,
         ExpectedReward,
+        KernelDiversity,
         LeftCVaR,
+        LogBarrier,
         MeanVariance,
+        MomentMatching,
+        MutualInformation,
+        OptimalDesign,
         RightCVaR,
+        SpectralRisk,
     )
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "algorithms": "Fixed Iterate PathKLBound RateRule mirror_descent",
+    "algorithms": "Attempt Fixed Iterate LineSearch PathKLBound Planned Planning RateRule "
+    "discover_modes mirror_descent plan plan_and_tune",
     "analytic": "GaussianMixture gaussian ring",
     "context": "Backend Context SingleProcess Snapshot Step",
     "delta": "Correction Delta Full MLP",
-    "density": "Bank Density Empirical FlowDensity Mixture Quadrature",
-    "divergences": "KL",
+    "density": "Bank Density Empirical FlowDensity Mixture Quadrature Reweighted",
+    "divergences": "KL MMD ChiSquare EnergyDistance ForwardKL Hellinger JensenShannon Renyi "
+    "Wasserstein",
     "errors": "CapabilityError CheckpointError ConfigError NonFiniteError ShapeError "
     "TiltflowError UnsupportedError",
+    "features": "Coordinates FeatureMap Features Monomials",
     "flow": "ControlledProcess FlowModel Prediction Process",
     "functional": "Functional",
     "kernel": "Ancestral Deterministic EulerMaruyama Heun Kernel LinearKernel MomentMatched "
@@ -93,15 +151,20 @@ _HOMES = {
     "matching": "distil fit_flow",
     "potential": "BlackBox Decoded Differentiable Hinge Potential Rate Reward StepReward",
     "problem": "ControlProblem PathProblem PathSolver Result Solution Solver",
+    "ratio": "ExactRatio Likelihood LogisticRatio PathRatio RatioEstimator WassersteinCritic "
+    "path_log_density",
     "rewards": "Readability",
     "sample": "Sampler Trajectory adapted calibrated path_kl",
     "schedule": "Cosine Linear Schedule Tabulated VariancePreserving",
     "seed": "Seed",
-    "solvers": "AdjointMatching GaussianSolver GridSolver",
+    "similarity": "CosineSimilarity GaussianSimilarity InverseMultiquadric LaplaceSimilarity "
+    "NegativeDistance Similarity",
+    "solvers": "AdjointMatching BankSolver GaussianSolver GridSolver",
     "space": "Euclidean Masked Space ZeroMean",
     "training": "Training",
     "types": "Access Cond Conditions Estimate",
-    "utilities": "EntropicRisk Entropy ExpectedReward LeftCVaR MeanVariance RightCVaR",
+    "utilities": "EntropicRisk Entropy ExpectedReward KernelDiversity LeftCVaR LogBarrier "
+    "MeanVariance MomentMatching MutualInformation OptimalDesign RightCVaR SpectralRisk",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 
@@ -121,77 +184,111 @@ def __dir__() -> list[str]:
 __all__ = [
     "KL",
     "MLP",
+    "MMD",
     "Access",
     "AdjointMatching",
     "Ancestral",
+    "Attempt",
     "Backend",
     "Bank",
+    "BankSolver",
     "BlackBox",
     "CapabilityError",
     "CheckpointError",
+    "ChiSquare",
     "Cond",
     "Conditions",
     "ConfigError",
     "Context",
     "ControlProblem",
     "ControlledProcess",
+    "Coordinates",
     "Correction",
     "Cosine",
+    "CosineSimilarity",
     "Decoded",
     "Delta",
     "Density",
     "Deterministic",
     "Differentiable",
     "Empirical",
+    "EnergyDistance",
     "EntropicRisk",
     "Entropy",
     "Estimate",
     "Euclidean",
     "EulerMaruyama",
+    "ExactRatio",
     "ExpectedReward",
+    "FeatureMap",
+    "Features",
     "Fixed",
     "FlowDensity",
     "FlowModel",
+    "ForwardKL",
     "Full",
     "Functional",
     "GaussianMixture",
+    "GaussianSimilarity",
     "GaussianSolver",
     "GridSolver",
+    "Hellinger",
     "Heun",
     "Hinge",
+    "InverseMultiquadric",
     "Iterate",
+    "JensenShannon",
     "Kernel",
+    "KernelDiversity",
+    "LaplaceSimilarity",
     "LeftCVaR",
+    "Likelihood",
+    "LineSearch",
     "Linear",
     "LinearKernel",
+    "LogBarrier",
+    "LogisticRatio",
     "Masked",
     "MeanVariance",
     "Mixture",
     "MomentMatched",
+    "MomentMatching",
+    "Monomials",
+    "MutualInformation",
+    "NegativeDistance",
     "NonFiniteError",
+    "OptimalDesign",
     "PathKLBound",
     "PathProblem",
+    "PathRatio",
     "PathSolver",
+    "Planned",
+    "Planning",
     "Potential",
     "Prediction",
     "Process",
     "Quadrature",
     "Rate",
     "RateRule",
+    "RatioEstimator",
     "Readability",
     "Regridded",
+    "Renyi",
     "Result",
     "Reward",
+    "Reweighted",
     "RightCVaR",
     "Sampler",
     "Schedule",
     "Seed",
     "ShapeError",
+    "Similarity",
     "SingleProcess",
     "Snapshot",
     "Solution",
     "Solver",
     "Space",
+    "SpectralRisk",
     "Step",
     "StepReward",
     "Tabulated",
@@ -201,13 +298,19 @@ __all__ = [
     "Transition",
     "UnsupportedError",
     "VariancePreserving",
+    "Wasserstein",
+    "WassersteinCritic",
     "ZeroMean",
     "adapted",
     "calibrated",
+    "discover_modes",
     "distil",
     "fit_flow",
     "gaussian",
     "mirror_descent",
     "path_kl",
+    "path_log_density",
+    "plan",
+    "plan_and_tune",
     "ring",
 ]

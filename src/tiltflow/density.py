@@ -152,6 +152,59 @@ class Empirical(Density):
 
 
 @final
+class Reweighted(Density):
+    """A bank of samples of a law, and a tilt of that law by exp(psi) as weights on them.
+
+    Every functional that needs only rewards, features, kernels or transport is exact on it, as
+    far as a finite sample can stand for the law; and so is re-weighting it further.
+
+    Args:
+        bank: samples of the law.
+        log: log-density of the law, up to a constant; may be unknown.
+        psi: log-ratio of the tilt, up to a constant; ``None`` for the law itself.
+        origin: log-density of the law from which all tilts are counted; ``log`` by default.
+    """
+
+    def __init__(
+        self,
+        bank: Bank,
+        log: Potential,
+        psi: Potential | None = None,
+        origin: Potential | None = None,
+    ) -> None:
+        self.base, self._law, self.origin = bank, log, log if origin is None else origin
+        self._log = log if psi is None else log + psi
+        self._bank = bank
+        if psi is not None:
+            logits = bank.weights.log() + psi.value(bank.points, bank.cond).to(bank.weights)
+            self._bank = Bank(bank.points, torch.softmax(logits, 0), bank.cond, bank.exact)
+
+    @property
+    def bank(self) -> Bank:
+        return self._bank
+
+    @property
+    def log(self) -> Potential:
+        return self._log
+
+    def tilted(self, psi: Potential) -> Reweighted:
+        """This law times exp(psi), with every earlier tilt forgotten."""
+        return Reweighted(self.base, self._law, psi, self.origin)
+
+    def original(self, psi: Potential) -> Reweighted:
+        """The law of ``origin``, of which this is the tilt by psi, on the same points."""
+        logits = self._bank.weights.log() - psi.value(self._bank.points, self._bank.cond)
+        weights = torch.softmax(logits.to(self._bank.weights), 0)
+        exact = self._bank.exact
+        return Reweighted(Bank(self._bank.points, weights, self._bank.cond, exact), self.origin)
+
+    def with_log(self, log: Potential) -> Reweighted:
+        other = Reweighted(self.base, self._law, origin=self.origin)
+        other._bank, other._log = self._bank, log
+        return other
+
+
+@final
 @dataclass(frozen=True, eq=False)
 class ModelScore(Potential):
     """The score of a flow model shortly before t = 1: offers GRAD.

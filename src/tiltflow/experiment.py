@@ -9,6 +9,7 @@ from typing import final
 
 import torch
 
+from tiltflow.algorithms.planning import worth_planning
 from tiltflow.config import Table, interpret
 from tiltflow.density import FlowDensity
 from tiltflow.errors import ConfigError
@@ -41,6 +42,14 @@ class Plan:
     def seed(self) -> Seed:
         """Root of all random streams."""
         return Seed(self.experiment.seed)
+
+    @property
+    def planned(self) -> bool:
+        """Whether the iterations run on a bank, with one training, or train in every step."""
+        algorithm = self.experiment.algorithm
+        if algorithm.open:
+            return worth_planning(self.objective, self.prior)
+        return algorithm.way == "plan"
 
     @property
     def training_sampler(self) -> Sampler:
@@ -90,11 +99,13 @@ def prepare(tree: Table, device: torch.device | None = None) -> Plan:
         for name, each in loaded.items()
     }  # fmt: skip
     experiment: Experiment = tree.build(scope)
-    algorithm.schedule_of_rates(experiment.objective.weight)
-    return Plan(
+    plan = Plan(
         experiment, tree.plain, loaded[PRETRAINED], scope[PRETRAINED],
         experiment.objective.functional, _reward(experiment),
     )  # fmt: skip
+    if not plan.planned:
+        algorithm.schedule_of_rates(experiment.objective.weight)
+    return plan
 
 
 def _reward(experiment: Experiment) -> Potential:

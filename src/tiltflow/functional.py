@@ -73,6 +73,14 @@ class Functional(abc.ABC):
         """
         return self.offers(p.log.offers)
 
+    def value_influence(self, p: Density) -> Tensor:
+        """How ``value`` moves with each sample of the bank of ``p``, (N,) float64, up to a constant.
+
+        For an average over the bank of a function that the bank itself does not change, that
+        function; by default the first variation, which also counts how p changes it.
+        """
+        return influence(self.first_variation(p), p)
+
     @property
     def terms(self) -> tuple[tuple[float, Functional], ...]:
         """The objective as (coefficient, functional) pairs; a single functional is one pair."""
@@ -158,8 +166,10 @@ class Combined(Functional):
         parts = [(c, term.value(p)) for c, term in self.terms]
         total = sum(c * part.value for c, part in parts)
         count = max((part.count for _, part in parts), default=0)
+        if math.isinf(total):  # outside a barrier; there is no influence function there
+            return Estimate(total, math.inf if count else 0.0, count)
         if all(Access.VALUE in term.offers_at(p) for _, term in self.terms):
-            influences = [influence(term.first_variation(p), p) for _, term in self.terms]
+            influences = [term.value_influence(p) for _, term in self.terms]
             joint = torch.zeros((), dtype=torch.float64)
             variance = 0.0
             for (c, part), f in zip(parts, influences, strict=True):

@@ -78,6 +78,8 @@ def estimate(plan: Plan) -> Cost:
     solve = rollouts + updates * batch * (1 + BACKWARD)
     solves = algorithm.num_iterations + (experiment.baseline is not None)
     banks = (algorithm.num_iterations + 1) * algorithm.num_samples * sampler.num_steps
+    if plan.planned:
+        banks += algorithm.planning.bank_size * sampler.num_steps
     if experiment.baseline is not None:
         banks += experiment.baseline.num_samples * sampler.num_steps
     models = 2 + (experiment.baseline is not None)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeVar, final
 
 import torch
@@ -49,6 +51,13 @@ class Potential(abc.ABC):
             NonFiniteError: if a value is NaN or infinite.
         """
         self.require(Access.VALUE)
+        memory = _MEMORY.get()
+        if memory is not None and x is memory.points and self.worth_remembering:
+            return memory.value(self, cond)
+        return self._valued(x, cond)
+
+    @final
+    def _valued(self, x: Tensor, cond: Cond | None) -> Tensor:
         return self._checked(self._value(x, cond), (x.shape[0],), "value")
 
     @final
@@ -96,6 +105,21 @@ class Potential(abc.ABC):
         return out.detach()
 
     @property
+    def sparse(self) -> bool:
+        """Whether it is flat on one side of a threshold, as hinges are; ``active`` then tells
+        which side a sample is on, so that roll-outs can keep the few samples of a thin tail."""
+        return False
+
+    def active(self, x: Tensor, cond: Cond | None = None) -> Tensor:
+        """Which samples may have a gradient, (B,) of bool; all of them, unless ``sparse``."""
+        return torch.ones(len(x), dtype=torch.bool, device=x.device)
+
+    @property
+    def worth_remembering(self) -> bool:
+        """Whether ``remembering`` keeps its values: not where they cost less than the memory."""
+        return True
+
+    @property
     def source(self) -> Potential:
         """What has to be evaluated, of which this is a cheap function; mostly itself."""
         return self
@@ -127,6 +151,37 @@ class Potential(abc.ABC):
 
 
 @final
+@dataclass
+class _Memory:
+    """Values of potentials at one set of points; holds the potentials, so that ids stay theirs."""
+
+    points: Tensor
+    known: dict[int, tuple[Potential, Tensor]] = field(default_factory=dict)
+
+    def value(self, potential: Potential, cond: Cond | None) -> Tensor:
+        if id(potential) not in self.known:
+            self.known[id(potential)] = potential, potential._valued(self.points, cond)
+        return self.known[id(potential)][1]
+
+
+_MEMORY: ContextVar[_Memory | None] = ContextVar("memory", default=None)
+
+
+@contextmanager
+def remembering(points: Tensor) -> Iterator[None]:
+    """Within this block, no potential is evaluated twice at ``points`` (this very tensor).
+
+    For loops on a bank: a reward that takes minutes is then paid once. Conditions must be the
+    same throughout, as those of a bank are.
+    """
+    token = _MEMORY.set(_Memory(points))
+    try:
+        yield
+    finally:
+        _MEMORY.reset(token)
+
+
+@final
 @dataclass(frozen=True, eq=False)
 class Combination(Potential):
     """sum_i c_i phi_i; offers what all of its terms offer. Built by ``combine``."""
@@ -139,6 +194,20 @@ class Combination(Potential):
         for _, term in self.terms:
             offered &= term.offers
         return offered
+
+    @property
+    def sparse(self) -> bool:
+        return bool(self.terms) and all(term.sparse for _, term in self.terms)
+
+    def active(self, x: Tensor, cond: Cond | None = None) -> Tensor:
+        total = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        for _, term in self.terms:
+            total = total | term.active(x, cond)
+        return total
+
+    @property
+    def worth_remembering(self) -> bool:
+        return False
 
     def _value(self, x: Tensor, cond: Cond | None) -> Tensor:
         total, value_of = x.new_zeros(x.shape[0]), _once(lambda source: source.value(x, cond))
@@ -288,6 +357,10 @@ class OfReward(Potential, abc.ABC):
     def source(self) -> Potential:
         return self.reward
 
+    @property
+    def worth_remembering(self) -> bool:
+        return False
+
     @final
     def of_value(self, value: Tensor) -> Tensor:
         return self.applied(value)[0]
@@ -324,8 +397,11 @@ class Hinge(OfReward):
     slope: float
     side: Literal["above", "below"]
 
+    @property
+    def sparse(self) -> bool:
+        return True
+
     def active(self, x: Tensor, cond: Cond | None = None) -> Tensor:
-        """Which samples feel the hinge, (B,) of bool."""
         return self._active(self.reward.value(x, cond))
 
     def _active(self, r: Tensor) -> Tensor:

@@ -118,7 +118,8 @@ class Recorder:
     def on_iterate(self, number: int, iterate: Iterate[FlowModel]) -> None:
         solution = iterate.solution
         notes = {
-            "rate": iterate.rate, "objective": plain_json(iterate.objective),
+            "way": "plan" if self.plan.planned else "steps",
+            "rate": plain_json(iterate.rate), "objective": plain_json(iterate.objective),
             "stationarity": plain_json(iterate.stationarity),
             "step_kl": plain_json(iterate.step_kl), "result": solution.result.name,
         }  # fmt: skip
@@ -142,6 +143,8 @@ class Recorder:
     def _stage(self, address: tuple[str, ...]) -> str:
         if "baseline" in address:
             return "baseline"
+        if self.plan.planned:
+            return f"round {self.iteration + 1}"
         total = self.plan.experiment.algorithm.num_iterations
         return f"iteration {min(self.iteration + 1, total)}/{total}"
 

@@ -23,6 +23,7 @@ GROUPS: dict[str, str] = {
     "schedules": "tiltflow.schedule",
     "features": "tiltflow.features",
     "similarities": "tiltflow.similarity",
+    "ratios": "tiltflow.ratio",
 }
 """Name of a group -> the module whose public classes it holds."""
 

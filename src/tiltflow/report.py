@@ -230,7 +230,10 @@ def _training(data: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> 
             if fig is not None:
                 parts.append(_figure(fig, "Training curves"))
     rows = [("", _iteration(k, i)) for k, i in enumerate(data["iterations"])]
-    header = ["iteration", "rate", "objective", "stationarity", "KL of the step", "gap", "solver"]
+    header = [
+        "training", "rate or steps", "objective", "stationarity", "KL of the step", "gap",
+        "solver",
+    ]  # fmt: skip
     note = (
         "Objective and stationarity (0: optimal) are estimated on the iteration's own bank. Gap: "
         "nats between what the solver reached and the exact optimum of its step, by its own "
@@ -242,7 +245,9 @@ def _training(data: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> 
 def _iteration(k: int, i: Mapping[str, Any]) -> list[str]:
     cells = [i["stationarity"], i["step_kl"], i["stats"].get("gap")]
     shown = [MISSING if c is None else f"{c:.3g}" for c in cells]
-    return [str(k + 1), f"{i['rate']:.4g}", number(i["objective"]), *shown, i["result"]]
+    planned = i["stats"].get("plan_iterations")
+    step = f"{planned:.0f} on a bank" if i["rate"] is None else f"{i['rate']:.4g}"
+    return [str(k + 1), step, number(i["objective"]), *shown, i["result"]]
 
 
 def _cost(data: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ from typing import final
 import torch
 
 from tiltflow.algorithms.mirror_descent import mirror_descent
+from tiltflow.algorithms.planning import plan_and_tune
 from tiltflow.density import Density, FlowDensity
 from tiltflow.environment import environment
 from tiltflow.errors import CapabilityError, ConfigError
@@ -21,7 +22,7 @@ from tiltflow.recorder import Drive, Recorder, finished_iterations
 from tiltflow.rundir import RunDirectory, Solved
 from tiltflow.sample import Sampler, path_kl
 from tiltflow.seed import Seed
-from tiltflow.tables import Baseline, MirrorDescent
+from tiltflow.tables import Baseline
 from tiltflow.types import Access, Estimate
 
 
@@ -118,8 +119,14 @@ def _tune(plan: Plan, directory: RunDirectory, recorder: Recorder) -> Solution[F
     """The main solve."""
     algorithm = plan.experiment.algorithm
     completed = [_solution(plan, solved) for solved in recorder.solved]
-    if completed and _ended(algorithm, recorder.solved):
+    if completed and _ended(plan, recorder.solved):
         return completed[-1]
+    if plan.planned:
+        return plan_and_tune(
+            plan.objective, plan.pretrained.model, plan.experiment.solver, prior=plan.prior,
+            context=recorder.context(), settings=algorithm.planning, density=_density(plan),
+            completed=completed, on_iterate=recorder.on_iterate,
+        )  # fmt: skip
     solution: Solution[FlowModel] = mirror_descent(
         plan.objective, plan.pretrained.model, plan.experiment.solver,
         algorithm.schedule_of_rates(plan.experiment.objective.weight),
@@ -130,13 +137,17 @@ def _tune(plan: Plan, directory: RunDirectory, recorder: Recorder) -> Solution[F
     return solution
 
 
-def _ended(algorithm: MirrorDescent, solved: Sequence[Solved]) -> bool:
+def _ended(plan: Plan, solved: Sequence[Solved]) -> bool:
     """Whether no iteration is left: by number, by tolerance, or because the solver gave up."""
-    stationarity = solved[-1].notes["stationarity"]
-    return (
-        len(solved) >= algorithm.num_iterations
-        or solved[-1].result in (Result.STARVED, Result.DEGENERATE)
-        or (stationarity is not None and stationarity < algorithm.tolerance)
+    algorithm, last = plan.experiment.algorithm, solved[-1]
+    if last.result in (Result.STARVED, Result.DEGENERATE):
+        return True
+    if plan.planned:
+        exhausted = bool(last.stats["plan_exhausted"])
+        return not exhausted or len(solved) >= algorithm.planning.max_rounds
+    stationarity = last.notes["stationarity"]
+    return len(solved) >= algorithm.num_iterations or (
+        stationarity is not None and stationarity < algorithm.tolerance
     )
 
 

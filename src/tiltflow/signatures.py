@@ -24,6 +24,7 @@ from tiltflow.kernel import Kernel, LinearKernel
 from tiltflow.models import Model
 from tiltflow.potential import Potential, Reward
 from tiltflow.problem import Solver
+from tiltflow.ratio import RatioEstimator
 from tiltflow.registry import Constructor, kinds
 from tiltflow.runfile import Plain
 from tiltflow.schedule import Schedule
@@ -41,6 +42,7 @@ GROUPS_OF: dict[Any, tuple[str, ...]] = {
     Model: ("models",),
     Features: ("features",),
     Similarity: ("similarities",),
+    RatioEstimator: ("ratios",),
 }
 """A hint of this class is a choice: the table's ``kind`` names a member of these groups."""
 

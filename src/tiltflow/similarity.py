@@ -13,19 +13,27 @@ from typing import TypeVar, final
 import torch
 from torch import Tensor
 
+from tiltflow.distances import inverse_root, median_distance, root, squared_distances
 from tiltflow.errors import ConfigError
 from tiltflow.features import Features
-from tiltflow.potential import Reward
-from tiltflow.types import Cond
+from tiltflow.potential import Potential
+from tiltflow.types import Access, Cond
 
-CHUNK = 2**22
-"""Entries of a kernel matrix that are in memory at once."""
+CHUNK = 2**18
+"""Entries of a kernel matrix that are in memory at once: what fits into a processor's cache."""
+
+TILE = 2**8
+"""Side of a square of the kernel matrix of a bank with itself."""
 
 S = TypeVar("S", bound="Similarity")
 
 
 class Similarity(abc.ABC):
-    """A symmetric kernel k(x, y), (conditionally) positive definite, differentiable in x."""
+    """A symmetric kernel k(x, y), (conditionally) positive definite, differentiable in x.
+
+    A subclass writes ``_matrix`` in differentiable torch; ``_pull`` and ``_diagonal`` are slow
+    where it does not write them too.
+    """
 
     features: Features | None
 
@@ -33,8 +41,20 @@ class Similarity(abc.ABC):
     def _matrix(self, x: Tensor, y: Tensor) -> Tensor:
         """(N, D), (M, D) -> (N, M)."""
 
-    def fitted(self: S, points: Tensor) -> S:
-        """This kernel with open parameters chosen for ``points`` (N, *event)."""
+    def _pull(self, x: Tensor, y: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """sum_j weights_j k(x, y_j), (N,), and its gradient, (N, D)."""
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            value = self._matrix(leaf, y) @ weights
+            (grad,) = torch.autograd.grad(value.sum(), leaf)
+        return value.detach(), grad
+
+    def _diagonal(self, x: Tensor) -> Tensor:
+        """k(x_i, x_i), (N, D) -> (N,)."""
+        return torch.cat([self._matrix(row, row)[0] for row in torch.split(x, 1)])
+
+    def fitted(self: S, points: Tensor, weights: Tensor | None = None) -> S:
+        """This kernel with open parameters chosen for ``points`` (N, *event) with ``weights``."""
         return self
 
     @final
@@ -48,18 +68,95 @@ class Similarity(abc.ABC):
         return self._matrix(self.embed(x), self.embed(y).to(x.dtype))
 
     @final
+    def diagonal(self, x: Tensor) -> Tensor:
+        """k(x_i, x_i) of states (N, *event) -> (N,), float64."""
+        return self._diagonal(self.embed(x).double())
+
+    @final
     def mean(self, x: Tensor, points: Tensor, weights: Tensor) -> Tensor:
         """sum_j weights_j k(x, points_j), (N,), in pieces of bounded memory."""
         size = max(1, CHUNK // max(1, len(points)))
         y, w = self.embed(points).to(x.dtype), weights.to(x)
         return torch.cat([self._matrix(self.embed(part), y) @ w for part in torch.split(x, size)])
 
+    @final
+    def mean_and_grad(self, x: Tensor, points: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """``mean`` and its gradient in x, (N,) and (N, *event), in pieces of bounded memory."""
+        size = max(1, CHUNK // max(1, len(points)))
+        with torch.no_grad():
+            y, w = self.embed(points).to(x.dtype), weights.to(x)
+        values, grads = [], []
+        for part in torch.split(x, size):
+            with torch.no_grad():
+                value, grad = self._pull(self.embed(part), y, w)
+            values.append(value)
+            flat = self.features is None
+            grads.append(
+                grad.view_as(part) if flat else self.features.pullback(part, grad)  # type: ignore[union-attr]
+            )
+        return torch.cat(values), torch.cat(grads)
+
+    @final
+    @torch.no_grad()
+    def products(self, points: Tensor, columns: Tensor) -> Tensor:
+        """K columns with K = k(points, points): (N, *event), (N, C) -> (N, C), float64.
+
+        Half of the matrix is computed, a tile at a time: about 5 ns per entry of K and thread.
+        """
+        z, columns = self.embed(points).double(), columns.double().to(points.device)
+        out = torch.zeros_like(columns)
+        rows = [slice(i, i + TILE) for i in range(0, len(z), TILE)]
+        for i, a in enumerate(rows):
+            out[a] += self._matrix(z[a], z[a]) @ columns[a]
+            for b in rows[i + 1 :]:
+                tile = self._matrix(z[a], z[b])
+                out[a] += tile @ columns[b]
+                out[b] += (columns[a].T @ tile).T
+        return out
+
     def __str__(self) -> str:
         return type(self).__name__
 
 
+class _OfDistance(Similarity, abc.ABC):
+    """A kernel that is a function of the squared distance in units of a length."""
+
+    @property
+    @abc.abstractmethod
+    def _length(self) -> float:
+        """The unit."""
+
+    @abc.abstractmethod
+    def _of(self, squared: Tensor) -> Tensor:
+        """The kernel; may overwrite its argument."""
+
+    @abc.abstractmethod
+    def _slope(self, squared: Tensor, kernel: Tensor) -> Tensor:
+        """Its derivative in the squared distance, finite everywhere, where it is ``kernel``."""
+
+    @final
+    def _matrix(self, x: Tensor, y: Tensor) -> Tensor:
+        return self._of(squared_distances(x / self._length, y / self._length))
+
+    @final
+    def _diagonal(self, x: Tensor) -> Tensor:
+        return self._of(x.new_zeros(len(x)))
+
+    @final
+    def _pull(self, x: Tensor, y: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        h = self._length
+        x, y = x / h, y / h
+        squared = squared_distances(x, y)
+        kernel = self._of(squared.clone())
+        pull = self._slope(squared, kernel).mul_(weights)
+        # sum_j pull_ij (x_i - y_j), with an origin that keeps the two terms small.
+        centre = y.mean(0)
+        grad = (x - centre) * pull.sum(1, keepdim=True) - pull @ (y - centre)
+        return kernel @ weights, grad * (2 / h)
+
+
 @dataclass(frozen=True, eq=False)
-class _Radial(Similarity, abc.ABC):
+class _Radial(_OfDistance, abc.ABC):
     """A kernel of the distance over a bandwidth.
 
     Args:
@@ -78,13 +175,20 @@ class _Radial(Similarity, abc.ABC):
                 "for the median distance of the samples."
             )
 
-    def fitted(self: R, points: Tensor) -> R:
-        """With the median heuristic: the median distance among 1000 of the points."""
+    @torch.no_grad()
+    def fitted(self: R, points: Tensor, weights: Tensor | None = None) -> R:
+        """With the median heuristic: the median distance of two independent draws, from at most
+        1000 of the points.
+
+        Raises:
+            ConfigError: if half of the pairs are alike, so that the median is zero.
+        """
         if self.bandwidth is not None:
             return self
-        y = self.embed(points)
-        y = y[:: math.ceil(len(y) / 1000)].double()
-        median = float(torch.pdist(y).median()) if len(y) > 1 else 0.0
+        step = math.ceil(len(points) / 1000)
+        y = self.embed(points[::step]).double()
+        w = torch.ones(len(y)) if weights is None else weights[::step]
+        median = median_distance(y, w.double().to(y.device))
         if not median > 0:
             raise ConfigError(
                 f"{type(self).__name__}: the median distance of the {len(y)} samples is {median}; "
@@ -92,15 +196,11 @@ class _Radial(Similarity, abc.ABC):
             )
         return replace(self, bandwidth=median)
 
-    @final
-    def _matrix(self, x: Tensor, y: Tensor) -> Tensor:
+    @property
+    def _length(self) -> float:
         if self.bandwidth is None:
             raise ConfigError(f"{type(self).__name__}: no bandwidth yet; call fitted(points).")
-        return self._of(_squared(x, y) / self.bandwidth**2)
-
-    @abc.abstractmethod
-    def _of(self, squared: Tensor) -> Tensor:
-        """The kernel from squared distances in units of the bandwidth."""
+        return self.bandwidth
 
 
 R = TypeVar("R", bound=_Radial)
@@ -112,7 +212,10 @@ class GaussianSimilarity(_Radial):
     """exp(-|x - y|^2 / (2 h^2)); by default h is the median distance of the samples."""
 
     def _of(self, squared: Tensor) -> Tensor:
-        return (-0.5 * squared).exp()
+        return squared.mul_(-0.5).exp_()
+
+    def _slope(self, squared: Tensor, kernel: Tensor) -> Tensor:
+        return -0.5 * kernel
 
 
 @final
@@ -121,7 +224,10 @@ class LaplaceSimilarity(_Radial):
     """exp(-|x - y| / h); by default h is the median distance of the samples."""
 
     def _of(self, squared: Tensor) -> Tensor:
-        return (-_root(squared)).exp()
+        return (-root(squared)).exp_()
+
+    def _slope(self, squared: Tensor, kernel: Tensor) -> Tensor:
+        return -0.5 * kernel * inverse_root(squared)
 
 
 @final
@@ -130,12 +236,15 @@ class InverseMultiquadric(_Radial):
     """1 / sqrt(1 + |x - y|^2 / h^2): heavy tails, so that far samples still attract."""
 
     def _of(self, squared: Tensor) -> Tensor:
-        return (1 + squared).rsqrt()
+        return squared.add_(1).rsqrt_()
+
+    def _slope(self, squared: Tensor, kernel: Tensor) -> Tensor:
+        return -0.5 * kernel**3
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class NegativeDistance(Similarity):
+class NegativeDistance(_OfDistance):
     """-|x - y|, the kernel of the energy distance: no bandwidth to choose.
 
     Conditionally positive definite: good for differences of probability measures only.
@@ -143,8 +252,15 @@ class NegativeDistance(Similarity):
 
     features: Features | None = None
 
-    def _matrix(self, x: Tensor, y: Tensor) -> Tensor:
-        return -_root(_squared(x, y))
+    @property
+    def _length(self) -> float:
+        return 1.0
+
+    def _of(self, squared: Tensor) -> Tensor:
+        return -root(squared)
+
+    def _slope(self, squared: Tensor, kernel: Tensor) -> Tensor:
+        return -0.5 * inverse_root(squared)
 
 
 @final
@@ -158,29 +274,13 @@ class CosineSimilarity(Similarity):
         unit = torch.nn.functional.normalize
         return unit(x, dim=1) @ unit(y, dim=1).T
 
-
-def _squared(x: Tensor, y: Tensor) -> Tensor:
-    """Squared distances, (N, M), without the cancellation of |x|^2 + |y|^2 - 2 xy."""
-    if x.shape[1] <= 16:
-        total = x.new_zeros(len(x), len(y))
-        for a, b in zip(x.unbind(1), y.unbind(1), strict=True):
-            total = total + (a[:, None] - b[None, :]) ** 2
-        return total
-    centre = y.mean(0)
-    x, y = x - centre, y - centre
-    cross = x @ y.T
-    return ((x * x).sum(1)[:, None] + (y * y).sum(1)[None, :] - 2 * cross).clamp(min=0)
-
-
-def _root(squared: Tensor) -> Tensor:
-    """Square root whose derivative at 0 is taken as 0."""
-    zero = squared == 0
-    return torch.where(zero, 0.0, torch.where(zero, 1.0, squared).sqrt())
+    def _diagonal(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.normalize(x, dim=1).square().sum(1)
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class MeanEmbedding(Reward):
+class MeanEmbedding(Potential):
     """x -> sum_j weights_j k(x, points_j): the mean embedding of a weighted bank.
 
     Args:
@@ -193,8 +293,22 @@ class MeanEmbedding(Reward):
     points: Tensor
     weights: Tensor
 
+    @property
+    def offers(self) -> Access:
+        return Access.BOTH
+
+    @torch.no_grad()
     def _value(self, x: Tensor, cond: Cond | None) -> Tensor:
         return self.similarity.mean(x, self.points, self.weights)
+
+    def _grad(self, x: Tensor, cond: Cond | None) -> Tensor:
+        return self._value_and_grad(x, cond)[1]
+
+    def _value_and_grad(self, x: Tensor, cond: Cond | None) -> tuple[Tensor, Tensor]:
+        return self.similarity.mean_and_grad(x, self.points, self.weights)
+
+    def __str__(self) -> str:
+        return f"MeanEmbedding({self.similarity})"
 
 
 __all__ = [

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, final
 
+from tiltflow.algorithms.planning import Planning
 from tiltflow.algorithms.rates import RateRule
 from tiltflow.errors import ConfigError
 from tiltflow.flow import FlowModel
@@ -20,20 +21,24 @@ from tiltflow.signatures import Weighted
 @final
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """G = utility - sum_i weight_i divergence_i.
+    """G = utility + sum_i weight_i utilities_i - sum_i weight_i divergence_i.
 
     Args:
         utility: what is raised.
+        utilities: what else is raised, e.g. a ``LogBarrier``; written like ``divergences``.
         divergences: each a table with ``kind``, ``weight`` and the divergence's own arguments.
     """
 
     utility: Functional
+    utilities: tuple[Weighted, ...] = ()
     divergences: tuple[Weighted, ...] = ()
 
     @property
     def functional(self) -> Functional:
         """The objective as one expression."""
         total = self.utility
+        for term in self.utilities:
+            total = total + term.weight * term.functional
         for term in self.divergences:
             total = total - term.weight * term.functional
         return total
@@ -52,7 +57,13 @@ class MirrorDescent:
     Args:
         num_iterations: outer iterations.
         rates: one step size per iteration; or
-        rate: a rule that chooses them. With neither, one iteration at 1/weight.
+        rate: a rule that chooses them. With neither, see ``way``.
+        way: ``"steps"`` trains in every iteration, as Flow Density Control, algorithm 1;
+            ``"plan"`` runs the iterations on a bank of samples and trains once
+            (``algorithms.plan_and_tune``). By default ``"auto"``: plan where no rates are given
+            and a bank is enough for the objective; one exact step of rate 1/weight where the
+            objective is linear but for the KL.
+        planning: settings of ``"plan"``.
         num_samples: size of the bank that each linearisation is estimated from.
         score_time: time at which scores are read.
         form: how a step is posed, see ``mirror_descent``.
@@ -65,6 +76,8 @@ class MirrorDescent:
     rate: RateRule | None = None
     num_samples: int = 4096
     score_time: float = 0.99
+    way: Literal["auto", "steps", "plan"] = "auto"
+    planning: Planning = field(default_factory=Planning)
     form: Literal["anchored", "successive"] = "anchored"
     tolerance: float = 0.0
 
@@ -80,11 +93,21 @@ class MirrorDescent:
             )
         if self.rates is not None and min(self.rates) <= 0:
             raise ConfigError("rates must be positive.")
+        if self.way == "plan" and (self.rates or self.rate or self.num_iterations > 1):
+            raise ConfigError(
+                'way = "plan" finds its own steps; leave rates, rate and num_iterations out, or '
+                'choose way = "steps".'
+            )
         if self.rates is None and self.rate is None and self.num_iterations > 1:
             raise ConfigError(
                 f"{self.num_iterations} iterations need rates = [...] (one per iteration) or "
                 'rate = { kind = "PathKLBound", ... }.'
             )
+
+    @property
+    def open(self) -> bool:
+        """Whether the file leaves the steps to us."""
+        return self.way == "auto" and self.rates is None and self.rate is None
 
     def schedule_of_rates(self, weight: float) -> Sequence[float] | RateRule:
         """The rates, or 1/weight where the file leaves a single one open."""

@@ -94,6 +94,18 @@ def index_cond(cond: Cond | None, index: Tensor) -> Cond | None:
     }
 
 
+def joined_cond(parts: Sequence[Cond]) -> Cond:
+    """The conditions of several batches, one after another; keys of the first."""
+
+    def along(key: str) -> Tensor | list[str]:
+        entries = [part[key] for part in parts]
+        if isinstance(entries[0], Tensor):
+            return torch.cat([torch.as_tensor(e) for e in entries])
+        return [text for e in entries for text in e]
+
+    return {key: along(key) for key in parts[0]}
+
+
 def flat_inner(a: Tensor, b: Tensor) -> Tensor:
     """Inner product of each sample, (B, *event) x (B, *event) -> (B,)."""
     return (a * b).reshape(a.shape[0], -1).sum(1)

@@ -15,18 +15,36 @@ from torch import Tensor
 
 from tiltflow.analytic import GaussianMixture, gaussian
 from tiltflow.density import Density, Quadrature
-from tiltflow.divergences import KL
+from tiltflow.divergences import (
+    KL,
+    MMD,
+    ChiSquare,
+    EnergyDistance,
+    ForwardKL,
+    Hellinger,
+    JensenShannon,
+    Renyi,
+    Wasserstein,
+)
+from tiltflow.features import FeatureMap, Features
 from tiltflow.functional import Functional
 from tiltflow.potential import Differentiable, Potential
 from tiltflow.rewards.points import Linear
 from tiltflow.seed import Seed
+from tiltflow.similarity import GaussianSimilarity
 from tiltflow.utilities import (
     EntropicRisk,
     Entropy,
     ExpectedReward,
+    KernelDiversity,
     LeftCVaR,
+    LogBarrier,
     MeanVariance,
+    MomentMatching,
+    MutualInformation,
+    OptimalDesign,
     RightCVaR,
+    SpectralRisk,
 )
 
 
@@ -166,15 +184,36 @@ GATEAUX_P = gaussian([-0.3], 0.9)
 GATEAUX_Q = GaussianMixture([[1.0], [-1.2]], [0.5, 0.7], [0.6, 0.4])
 GATEAUX_PRIOR = gaussian([0.2], 1.3)
 GATEAUX_REWARD: Potential = Differentiable(lambda x: x[:, 0].sin() + 0.3 * x[:, 0])
+GATEAUX_FEATURES: Features = FeatureMap(lambda x: torch.cat([x, x.cos()], 1))
 
 # One example of every functional that `utilities` and `divergences` export: name -> (reward,
-# prior) -> functional. A new functional adds its line here and is under contract.
+# prior) -> functional. A new functional adds its line here and is under contract. What stands
+# behind the name of a class, after a blank, distinguishes its variants.
 FUNCTIONALS: dict[str, Callable[[Potential, Density], Functional]] = {
+    "ChiSquare": lambda r, prior: ChiSquare(prior),
+    "EnergyDistance": lambda r, prior: EnergyDistance(prior),
     "EntropicRisk": lambda r, prior: EntropicRisk(r, -0.8),
     "Entropy": lambda r, prior: Entropy(),
     "ExpectedReward": lambda r, prior: ExpectedReward(r),
+    "ForwardKL": lambda r, prior: ForwardKL(prior),
+    "Hellinger": lambda r, prior: Hellinger(prior),
+    "JensenShannon": lambda r, prior: JensenShannon(prior),
     "KL": lambda r, prior: KL(prior),
+    "KernelDiversity": lambda r, prior: KernelDiversity(GaussianSimilarity(0.7)),
     "LeftCVaR": lambda r, prior: LeftCVaR(r, 0.2),
+    "LogBarrier": lambda r, prior: LogBarrier(r, lower=-1.5),
+    "LogBarrier upper": lambda r, prior: LogBarrier(r, upper=1.5),
+    "MMD": lambda r, prior: MMD(prior, GaussianSimilarity(0.8)),
     "MeanVariance": lambda r, prior: MeanVariance(r, 0.7),
+    "MomentMatching": lambda r, prior: MomentMatching(GATEAUX_FEATURES, (0.5, 0.2)),
+    "MutualInformation": lambda r, prior: MutualInformation((prior,), (0.4, 0.6)),
+    "OptimalDesign": lambda r, prior: OptimalDesign(GATEAUX_FEATURES, "D", 0.1),
+    "OptimalDesign A": lambda r, prior: OptimalDesign(GATEAUX_FEATURES, "A", 0.1),
+    "OptimalDesign E": lambda r, prior: OptimalDesign(GATEAUX_FEATURES, "E", 0.1),
+    "Renyi": lambda r, prior: Renyi(prior, 2.0),
+    "Renyi low": lambda r, prior: Renyi(prior, 0.3),
     "RightCVaR": lambda r, prior: RightCVaR(r, 0.8),
+    "SpectralRisk": lambda r, prior: SpectralRisk(r, (0.1, 0.5, 0.8), (2.0, 0.5, 1.0, 4.0)),
+    "Wasserstein": lambda r, prior: Wasserstein(prior),
+    "Wasserstein square": lambda r, prior: Wasserstein(prior, power=2),
 }

@@ -1,6 +1,21 @@
 """Outer loops: from an objective to a model."""
 
 from tiltflow.algorithms.mirror_descent import Iterate, mirror_descent
-from tiltflow.algorithms.rates import Fixed, PathKLBound, RateRule
+from tiltflow.algorithms.modes import discover_modes
+from tiltflow.algorithms.planning import Planned, Planning, plan, plan_and_tune
+from tiltflow.algorithms.rates import Attempt, Fixed, LineSearch, PathKLBound, RateRule
 
-__all__ = ["Fixed", "Iterate", "PathKLBound", "RateRule", "mirror_descent"]
+__all__ = [
+    "Attempt",
+    "Fixed",
+    "Iterate",
+    "LineSearch",
+    "PathKLBound",
+    "Planned",
+    "Planning",
+    "RateRule",
+    "discover_modes",
+    "mirror_descent",
+    "plan",
+    "plan_and_tune",
+]

@@ -11,9 +11,9 @@ from typing import Generic, Literal, final
 import torch
 from torch import Tensor
 
-from tiltflow.algorithms.rates import Fixed, Predict, RateRule
+from tiltflow.algorithms.rates import Attempt, Fixed, Predict, RateRule
 from tiltflow.context import Context
-from tiltflow.density import Density, FlowDensity
+from tiltflow.density import Density
 from tiltflow.divergences.kl import KL
 from tiltflow.errors import CapabilityError, ConfigError
 from tiltflow.functional import (
@@ -54,7 +54,7 @@ class Iterate(Generic[M]):
     solution: Solution[M]
 
 
-def _ignore(number: int, iterate: Iterate[M]) -> None:
+def ignore(number: int, iterate: Iterate[M]) -> None:
     """Default of ``on_iterate``."""
 
 
@@ -73,7 +73,7 @@ def mirror_descent(
     step_kl: Callable[[M, M, Seed], float] | None = None,
     tolerance: float = 0.0,
     completed: Sequence[Solution[M]] = (),
-    on_iterate: Callable[[int, Iterate[M]], None] = _ignore,
+    on_iterate: Callable[[int, Iterate[M]], None] = ignore,
 ) -> Solution[M]:
     """Maximise a functional of the density by entropic steps (FDC, algorithm 1)::
 
@@ -122,14 +122,17 @@ def mirror_descent(
     if form not in ("anchored", "successive"):
         raise ConfigError(f"mirror_descent: form={form!r} must be 'anchored' or 'successive'.")
     p = density(model, _seed(context, 0)) if prior is None else prior
+    p = p.at_least(objective.samples_needed)
     point = _Point(model, p, ZERO)
     loop = _Loop(objective, solver, rule, density, context, conditions, form, step_kl, point)
     loop.check(total)
     last, rate = Solution(model), None
     for k in range(total):
         g, new = objective.first_variation(point.p), k >= len(completed)
-        last = loop.solve(k, point, g, rate) if new else loop.accept(k, completed[k], rate)
-        rate = last.stats["rate"]
+        step = loop.solve(k, point, g, rate) if new else loop.accept(k, completed[k], rate)
+        if step is None:
+            return replace(last, result=Result.CONVERGED)
+        last, rate = step, step.stats["rate"]
         point = loop.advance(k, point, g, last)
         gap = stationarity(objective, point.p) if new or tolerance > 0 else math.nan
         if new:
@@ -199,7 +202,7 @@ class _Loop(Generic[M]):
         if total == 1:
             return
         offered = self.objective.offers_at(p)
-        if self.form == "successive" or not isinstance(p, FlowDensity):
+        if self.form == "successive" or p.with_log(p.log) is p:
             later: Density = FutureDensity(Promise(p.log.offers))
         else:
             # What psi offers depends on what its own terms offer: shrink until it is stable.
@@ -208,17 +211,34 @@ class _Loop(Generic[M]):
                 offered &= self.objective.offers_at(later)
         check(self.objective, later, needs, f"{user} (from the second iteration on)")
 
-    def solve(self, k: int, point: _Point[M], g: Potential, previous: float | None) -> Solution[M]:
-        """Step k, solved again at smaller rates until the rule accepts it."""
+    def solve(
+        self, k: int, point: _Point[M], g: Potential, previous: float | None
+    ) -> Solution[M] | None:
+        """Step k, solved again at smaller rates until the rule accepts it, or ``None``."""
         g.require(self.solver.needs, type(self.solver).__name__)
-        rate, attempt = self.rule.propose(k, previous, _predictor(g, point.p)), 0
+        rate, number = self.rule.propose(k, previous, _predictor(g, point.p)), 0
+        before = functools.cache(lambda: objective_value(self.objective, point.p).value)
         while True:
-            solution = self._attempt(k, point, rate * g, attempt)
-            kl = self._measure(k, point, solution, attempt)
-            smaller = self.rule.retry(rate, kl, attempt)
+            solution = self._attempt(k, point, rate * g, number)
+            kl = self._measure(k, point, solution, number)
+            stats = {**solution.stats, "rate": rate, "step_kl": kl}
+            solution = replace(solution, stats=stats)
+            attempt = Attempt(
+                rate, kl, number, stats,
+                gain=functools.partial(self._gain, k, point, g, solution, before),
+                promise=functools.partial(_promise, g, point.p, rate),
+            )  # fmt: skip
+            smaller = self.rule.retry(attempt)
             if smaller is None:
-                return replace(solution, stats={**solution.stats, "rate": rate, "step_kl": kl})
-            rate, attempt = smaller, attempt + 1
+                return solution
+            if smaller == 0.0:
+                return None
+            rate, number = smaller, number + 1
+
+    def _gain(
+        self, k: int, point: _Point[M], g: Potential, new: Solution[M], before: Callable[[], float]
+    ) -> float:
+        return objective_value(self.objective, self.advance(k, point, g, new).p).value - before()
 
     def _attempt(self, k: int, point: _Point[M], phi: Potential, attempt: int) -> Solution[M]:
         context = self.context.child("iteration", k)
@@ -258,7 +278,8 @@ class _Loop(Generic[M]):
         """The iterate after step k."""
         psi = point.psi + solution.stats["rate"] * g
         p = self.density(solution.model, _seed(self.context, k + 1))
-        if self.form == "anchored" and isinstance(p, FlowDensity):
+        p = p.at_least(self.objective.samples_needed)
+        if self.form == "anchored":
             p = p.with_log(self.start.p.log + psi)
         return _Point(solution.model, p, psi)
 
@@ -288,8 +309,7 @@ def _predictor(g: Potential, p: Density) -> Predict | None:
 
     @functools.cache
     def evaluated() -> tuple[Tensor, Tensor]:
-        values = influence(g, p)
-        return values, p.bank.weights.double().to(values.device).log()
+        return _on_bank(g, p)
 
     def predict(rate: float) -> float:
         values, log_weights = evaluated()
@@ -298,3 +318,21 @@ def _predictor(g: Potential, p: Density) -> Predict | None:
         return float(((logits - log_z).exp() * rate * values).sum() - log_z)
 
     return predict
+
+
+def _promise(g: Potential, p: Density, rate: float) -> float:
+    """log E_p[exp(rate g)] / rate - E_p[g], without the cancellation of the two."""
+    if Access.VALUE not in g.offers:
+        return math.nan
+    values, log_weights = _on_bank(g, p)
+    weights = log_weights.exp()
+    u = rate * (values - (weights * values).sum())
+    if float(u.max()) > 1:
+        return float(torch.logsumexp(log_weights + u, 0)) / rate
+    return math.log1p(float((weights * (u.expm1() - u)).sum())) / rate  # E u = 0
+
+
+def _on_bank(g: Potential, p: Density) -> tuple[Tensor, Tensor]:
+    """Values and log-weights on the bank, both (N,)."""
+    values = influence(g, p)
+    return values, p.bank.weights.double().to(values.device).log()

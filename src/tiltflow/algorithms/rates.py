@@ -3,14 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol, final
 
 from tiltflow.errors import ConfigError, UnsupportedError
 
 Predict = Callable[[float], float]
 """rate -> KL(exact tilt at that rate || current density), increasing in the rate."""
+
+
+@final
+@dataclass(frozen=True)
+class Attempt:
+    """A step that was solved and may still be refused.
+
+    Attributes:
+        rate: its rate.
+        kl: KL(new || old), measured; NaN where it cannot be.
+        number: earlier attempts of the same step.
+        stats: what the solver reported.
+        gain: G[new] - G[old]; evaluated when asked for.
+        promise: what the linearised step promises to gain at least where G is smooth enough,
+            log E_old[exp(rate g)] / rate - E_old[g] >= 0; NaN where g has no values.
+    """
+
+    rate: float
+    kl: float
+    number: int
+    stats: Mapping[str, float] = field(default_factory=dict)
+    gain: Callable[[], float] = lambda: math.nan
+    promise: Callable[[], float] = lambda: math.nan
 
 
 class RateRule(Protocol):
@@ -32,9 +55,9 @@ class RateRule(Protocol):
         """
         ...
 
-    def retry(self, rate: float, kl: float, attempt: int) -> float | None:
-        """``None`` to accept a step of this measured KL, or the smaller rate to solve again with;
-        ``attempt`` counts from 0."""
+    def retry(self, attempt: Attempt) -> float | None:
+        """``None`` to accept a step, or the smaller rate to solve again with; 0 gives the step
+        up, so that the loop ends where it is."""
         ...
 
 
@@ -65,7 +88,7 @@ class Fixed:
         rates = self.rates
         return float(rates) if isinstance(rates, (int, float)) else rates[number]
 
-    def retry(self, rate: float, kl: float, attempt: int) -> float | None:
+    def retry(self, attempt: Attempt) -> float | None:
         return None
 
 
@@ -116,17 +139,66 @@ class PathKLBound:
             low, high = (middle, high) if predict(middle) <= self.bound else (low, middle)
         return low
 
-    def retry(self, rate: float, kl: float, attempt: int) -> float | None:
+    def retry(self, attempt: Attempt) -> float | None:
         # A predicted rate meets the bound with equality; rounding must not cost a second solve.
+        rate, kl = attempt.rate, attempt.kl
         if kl <= self.bound * (1 + 1e-9):
             return None
-        if not math.isfinite(kl) or attempt >= self.max_retries:
+        if not math.isfinite(kl) or attempt.number >= self.max_retries:
             raise UnsupportedError(
                 f"PathKLBound: the step at rate {rate:.3g} measures a KL of {kl:.3g}, bound "
-                f"{self.bound:.3g}, after {attempt} further attempts. Give the loop a `step_kl`, "
-                "train each step longer, or raise the bound."
+                f"{self.bound:.3g}, after {attempt.number} further attempts. Give the loop a "
+                "`step_kl`, train each step longer, or raise the bound."
             )
         return rate * math.sqrt(0.8 * self.bound / kl)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class LineSearch:
+    """Rates as large as the objective allows, for exact solvers (banks, grids, closed forms).
+
+    A step is kept if it gains at least ``fraction`` of what its linearisation promises; with
+    ``fraction = 1`` that is the condition of relative smoothness at rate <= 1 / L, which makes
+    mirror descent monotone and gives its rate of convergence without knowing L (Lu, Freund &
+    Nesterov, SIAM J. Optim. 28, 2018). Otherwise it is solved again at a quarter of the rate; the
+    next step tries ``growth`` times the accepted rate. Trained solvers are too noisy and too
+    costly for this: use ``Fixed`` or ``PathKLBound``.
+
+    Args:
+        initial: first rate tried.
+        max_rate: no rate is larger.
+        growth: of the rate after an accepted step, at least 1.
+        fraction: of the promised gain, between 0 and 1.
+        max_retries: how often a step is solved again before it is given up.
+    """
+
+    initial: float = 1.0
+    max_rate: float = 1e6
+    growth: float = 2.0
+    fraction: float = 0.5
+    max_retries: int = 25
+
+    def __post_init__(self) -> None:
+        for name in ("initial", "max_rate"):
+            _positive(getattr(self, name), f"LineSearch: {name}")
+        if self.growth < 1 or not 0 <= self.fraction <= 1 or self.initial > self.max_rate:
+            raise ConfigError(
+                "LineSearch: need growth >= 1, 0 <= fraction <= 1 and initial <= max_rate, got "
+                f"{self.growth}, {self.fraction} and {self.initial} > {self.max_rate}."
+            )
+
+    @property
+    def length(self) -> int | None:
+        return None
+
+    def propose(self, number: int, previous: float | None, predict: Predict | None) -> float:
+        return self.initial if previous is None else min(self.growth * previous, self.max_rate)
+
+    def retry(self, attempt: Attempt) -> float | None:
+        if attempt.gain() >= self.fraction * attempt.promise():
+            return None
+        return 0.25 * attempt.rate if attempt.number < self.max_retries else 0.0
 
 
 def _positive(value: float, name: str) -> None:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import final
 
+import torch
+from torch import Tensor
+
 from tiltflow.density import Density, FlowDensity
+from tiltflow.divergences.of_ratio import OfRatio, Shape
 from tiltflow.errors import CapabilityError, UnsupportedError
-from tiltflow.functional import Curvature, Functional, error_of, influence
-from tiltflow.potential import Combination, Potential
+from tiltflow.functional import Curvature, influence
+from tiltflow.potential import Potential
+from tiltflow.ratio import ExactRatio, RatioEstimator
 from tiltflow.sample import Sampler, path_kl
 from tiltflow.types import Access, Estimate
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class KL(Functional):
+class KL(OfRatio):
     """D[p] = E_p log(p / prior), with first variation log p - log prior: convex in p.
 
     The gradient is a difference of scores. Equal parts of the two logs cancel: where log p is
@@ -26,42 +30,53 @@ class KL(Functional):
 
     Args:
         prior: the density to stay close to.
+        ratio: how log(p / prior) is known.
     """
 
     prior: Density
+    ratio: RatioEstimator = field(default_factory=ExactRatio)
 
     @property
     def curvature(self) -> Curvature:
         return "convex"
 
-    @property
-    def priors(self) -> tuple[Density, ...]:
-        return (self.prior,)
+    def _through(self, offered: Access) -> Access:
+        return offered
 
-    def offers(self, log: Access) -> Access:
-        return log & self.prior.log.offers
+    def _sides(self, p: Density) -> tuple[Shape | None, Shape | None]:
+        return lambda t: (t, torch.ones_like(t)), None
 
-    def offers_at(self, p: Density) -> Access:
-        return self.first_variation(p).offers
+    def _variation(self, p: Density) -> Shape:
+        return lambda t: (t, torch.ones_like(t))
 
     def first_variation(self, p: Density) -> Potential:
-        return p.log - self.prior.log
+        return self.log_ratio(p).unnormalised
+
+    def value_influence(self, p: Density) -> Tensor:
+        return influence(self.first_variation(p), p)
 
     def value(self, p: Density) -> Estimate:
         """E_p log(p / prior), by the best route there is.
 
-        - log p and log prior have values: their difference is averaged over the bank of ``p``.
-        - only log p - log prior = psi + const has: E_p psi - log E_prior e^psi. It describes the
-          law that log p stands for; where samples of ``p`` differ from it, this is a lower bound.
+        - the ratio has values: they are averaged over the bank of ``p``. Where it is known up to a
+          constant only, log p - log prior = psi + const, this is E_p psi - log E_prior e^psi. It
+          describes the law that log p stands for; where samples of ``p`` differ from it, this is a
+          lower bound.
         - two flow models: the path KL, an upper bound up to the discretisation of the sampler
-          (methods, section 1.11).
+          (methods, section 1.11); also where the normaliser of psi cannot be measured, because the
+          prior's bank hardly reaches ``p``.
 
         Raises:
             CapabilityError: if none applies.
+            UnsupportedError: if the normaliser cannot be measured, and there are no two flows.
         """
-        ratio = self.first_variation(p)
-        if Access.VALUE in ratio.offers:
-            return self._from_ratio(p, ratio)
+        flows = isinstance(p, FlowDensity) and isinstance(self.prior, FlowDensity)
+        if Access.VALUE in self.offers_at(p):
+            try:
+                return super().value(p)
+            except UnsupportedError:
+                if not flows:
+                    raise
         if isinstance(p, FlowDensity) and isinstance(self.prior, FlowDensity):
             return _path_kl(p, self.prior)
         raise CapabilityError(
@@ -70,28 +85,6 @@ class KL(Functional):
             " Use densities with a known log-probability, or two FlowDensity objects, whose path "
             "KL is measured; optimising a KL needs scores only."
         )
-
-    def _from_ratio(self, p: Density, ratio: Potential) -> Estimate:
-        if isinstance(ratio, Combination) and not ratio.terms:
-            return Estimate(0.0)
-        mean = p.estimate(ratio.value)
-        # A log that is a sum (prior.log + psi) is a record of tilts, without its normaliser.
-        if not isinstance(p.log, Combination) and not isinstance(self.prior.log, Combination):
-            return mean
-        values = influence(ratio, self.prior)
-        top = values.max()
-        scaled = (values - top).exp()
-        weights = self.prior.bank.weights.double().to(values.device)
-        normaliser = float((weights * scaled).sum())
-        error = error_of(scaled / normaliser, self.prior)
-        return Estimate(
-            mean.value - math.log(normaliser) - float(top),
-            math.hypot(mean.standard_error, error),
-            mean.count,
-        )
-
-    def __str__(self) -> str:
-        return f"KL({type(self.prior).__name__})"
 
 
 def _path_kl(p: FlowDensity, prior: FlowDensity) -> Estimate:

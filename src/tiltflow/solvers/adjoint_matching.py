@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, final
@@ -26,9 +27,16 @@ from tiltflow.solvers.targets import (
     adjoint_target,
     choose_steps,
     path_weights,
+    weighted_mean,
 )
 from tiltflow.training import Training, optimise
 from tiltflow.types import Access, Cond, Conditions
+
+STARVED = 10
+"""So many roll-outs without any reward gradient end in a warning, and in ``Result.STARVED``."""
+
+ENOUGH_ACTIVE, MOST_OVERSAMPLED = 0.1, 16
+"""Where a smaller fraction of a roll-out feels a hinge, more is simulated, at most 16 times."""
 
 
 @final
@@ -63,6 +71,9 @@ class AdjointMatching:
         min_effective: least effective sample fraction of the path weights; below it they are
             tempered, so that a strong tilt is approached in stages.
         replay: number of earlier roll-outs whose points are kept and mixed in; 0 is on-policy.
+        oversample: simulate so many times more trajectories than are kept, and keep every one
+            that a hinge of the objective acts on, with its weight (``lean_adjoint.kept``).
+            ``None``: as many as make a tenth of the kept ones active, at most 16; 1 is plain.
         chunk: largest number of trajectories whose graphs are in memory at once.
         tolerance: stop when the gap to the optimum, KL(P || P*) in nats estimated from the spread
             of the path weights, stays below this for ten roll-outs; 0 never stops early.
@@ -89,6 +100,7 @@ class AdjointMatching:
     use_values: bool = True
     min_effective: float = 0.5
     replay: int = 3
+    oversample: int | None = None
     chunk: int | None = None
     tolerance: float = 0.0
     step_tolerance: float = 0.0
@@ -103,6 +115,7 @@ class AdjointMatching:
             "clip": self.clip is None or self.clip > 0,
             "min_effective": 0 < self.min_effective < 1,
             "replay": self.replay >= 0,
+            "oversample": self.oversample is None or self.oversample >= 1,
             "chunk": self.chunk is None or self.chunk >= 1,
             "tolerance": self.tolerance >= 0,
             "step_tolerance": self.step_tolerance >= 0,
@@ -175,7 +188,7 @@ class AdjointMatching:
         freeze(tuned)
         stats = loss.evaluate()
         result = Result.DONE
-        if loss.starved >= 10:
+        if loss.starved >= STARVED:
             result = Result.STARVED
         elif done < self.training.num_updates:
             result = Result.CONVERGED
@@ -247,6 +260,7 @@ class _Matching:
         self.buffer: list[Points] = []
         self.batches: list[Points] = []
         self.stats: dict[str, float] = {}
+        self.activity = math.nan
         self.starved, self.gaps = 0, torch.full((10,), math.inf)
 
     # --- the protocol of training.optimise -------------------------------------------------------
@@ -277,6 +291,7 @@ class _Matching:
             "noise": self.mixer.noise,
             "gaps": self.gaps,
             "starved": torch.tensor(self.starved),
+            "activity": torch.tensor(self.activity, dtype=torch.float64),
         }
         for i, p in enumerate(self.buffer):
             for name in FIELDS:
@@ -289,6 +304,7 @@ class _Matching:
     def load(self, state: Mapping[str, Tensor]) -> None:
         self.mixer.noise, self.gaps = state["noise"].clone(), state["gaps"].clone()
         self.starved, self.buffer = int(state["starved"]), []
+        self.activity = float(state["activity"])
         while f"buffer/{len(self.buffer)}/x" in state:
             head = f"buffer/{len(self.buffer)}/"
             cond = {
@@ -303,12 +319,13 @@ class _Matching:
         seed = self.context.seed.child("rollout", number)
         if self.context.backend.num_processes > 1:
             seed = seed.child("process", self.context.backend.process_index)
-        count = self.solver.num_trajectories
-        cond = self._draw(count, seed)
+        count, oversample = self.solver.num_trajectories, self._oversample()
+        cond = self._draw(oversample * count, seed)
         path = rollout(
             self.tuned, self.reference, self.steps, self.terminal, count,
             seed=seed.child("paths"), backend=self.context.backend,
             running=self.running, cond=cond, chunk=self.solver.chunk, carry=self.mixer.carry(),
+            oversample=oversample,
         )  # fmt: skip
         targets = self._targets(path)
         generator = seed.child("points").generator(path.states.device)
@@ -319,27 +336,52 @@ class _Matching:
         if not self.solver.replay:
             self.buffer = []
 
+    def _oversample(self) -> int:
+        """How many times more trajectories to simulate than to keep."""
+        if self.solver.oversample is not None:
+            return self.solver.oversample
+        if math.isnan(self.activity):
+            return 1
+        return min(max(1, math.ceil(ENOUGH_ACTIVE / max(self.activity, 1e-9))), MOST_OVERSAMPLED)
+
     def _draw(self, count: int, seed: Seed) -> Cond | None:
         return None if self.conditions is None else self.conditions.draw(count, seed.child("cond"))
 
     def _targets(self, path: Rollout) -> Tensor:
         target, active = adjoint_target(path, self.steps, self.solver.clip)
         active = self._agreed(active)
-        self.starved = self.starved + 1 if active == 0 else 0
-        self.stats = {"path_kl": float(path.kl.mean()), "active": active}
+        self._watch(active)
+        stands = path.importance
+        self.stats = {"path_kl": float(weighted_mean(path.kl, stands)), "active": active}
         if path.value is not None:
-            self.stats["terminal"] = float(path.value.mean())
+            self.stats["terminal"] = float(weighted_mean(path.value, stands))
         # Every condition has a normaliser of its own: weights in common would favour easy ones.
         if path.log_weight is None or self.conditions is not None:
             return target
-        weights = path_weights(path.log_weight, self.solver.min_effective)
-        gap = self._agreed(_spread(path.log_weight))
+        weights = path_weights(path.log_weight, self.solver.min_effective, stands)
+        gap = self._agreed(_spread(path.log_weight, stands))
         self.gaps = torch.cat([self.gaps[1:], torch.tensor([gap])])
         self.stats |= {"gap": gap, "effective": weights.effective, "temper": weights.temper}
         # With a running reward X_1 given X_t is not that of a flow: adjoints only.
         if not self.solver.use_values or self.running is not None:
             return target
         return self.mixer.mix(path, target, weights, self.solver.clip)
+
+    def _watch(self, active: float) -> None:
+        """Note how much of a roll-out has a reward gradient; say so when nothing has."""
+        if self.running is not None:  # there is a gradient at every step
+            return
+        # Oversampling is for hinges, which can tell before any gradient is taken.
+        before = active if math.isnan(self.activity) else self.activity
+        self.activity = 0.8 * before + 0.2 * active if self.terminal.sparse else 1.0
+        self.starved = self.starved + 1 if active == 0 else 0
+        if self.starved == STARVED:
+            warnings.warn(
+                f"AdjointMatching: no sample of the last {STARVED} roll-outs had a reward "
+                "gradient, so the model does not learn. Lower the level of the tail, raise the "
+                "rate in smaller steps, or raise `oversample` or `num_trajectories`.",
+                RuntimeWarning, stacklevel=2,
+            )  # fmt: skip
 
     def _agreed(self, number: float) -> float:
         """The mean over processes: all of them must come to the same decisions."""
@@ -387,9 +429,11 @@ class _Matching:
         return stats
 
 
-def _spread(log_weight: Tensor) -> float:
+def _spread(log_weight: Tensor, importance: Tensor | None = None) -> float:
     """KL(P || P*) in nats: log mean exp minus mean of log dP* / dP up to a constant."""
-    return float(log_weight.logsumexp(0) - math.log(len(log_weight)) - log_weight.mean())
+    base = log_weight if importance is None else log_weight + importance.log()
+    mean = weighted_mean(log_weight, importance)
+    return float(base.logsumexp(0) - math.log(len(log_weight)) - mean)
 
 
 FIELDS = ("x", "t", "target", "weight")

@@ -16,7 +16,7 @@ from tiltflow.kernel import Coefficients, LinearKernel
 from tiltflow.potential import Potential, StepReward
 from tiltflow.sample import Sampler
 from tiltflow.seed import Seed
-from tiltflow.types import Access, Cond, index_cond
+from tiltflow.types import Access, Cond, index_cond, joined_cond
 
 
 @final
@@ -73,6 +73,8 @@ class Rollout:
         log_weight: (B,), phi + running - log dP_tuned / dP_reference, or ``None`` without values.
         kl: (B,), path KL of each trajectory, sum |m_tuned - m_ref|^2 / (2 v).
         value: (B,) terminal values, or ``None``.
+        importance: (B,) of mean one, what each trajectory stands for, or ``None`` for one each;
+            see ``kept``.
     """
 
     states: Tensor
@@ -85,6 +87,7 @@ class Rollout:
     value: Tensor | None
     cond: Cond | None = None
     carried: Carried | None = None
+    importance: Tensor | None = None
 
 
 @final
@@ -109,6 +112,7 @@ def rollout(
     cond: Cond | None = None,
     chunk: int | None = None,
     carry: tuple[int, float] = (0, 1.0),
+    oversample: int = 1,
 ) -> Rollout:
     """Simulate ``tuned`` and carry the adjoint back through ``reference`` (methods, 2.4.2)::
 
@@ -119,19 +123,56 @@ def rollout(
     mean, of at most ``chunk`` trajectories at a time. ``carry = (first, fraction)``: before the
     step ``first``, only a random fraction of the trajectories carries its adjoint on
     (not with a running reward, which every step needs).
+
+    ``oversample``: so many times more trajectories are simulated, without graphs, of which
+    ``kept`` chooses; ``cond`` then has ``oversample * count`` entries.
     """
     generator = seed.generator(device_of(tuned))
-    size = chunk or count
-    parts = []
+    size, parts = chunk or count, []
     for start in range(0, count, size):
-        index = torch.arange(start, min(start + size, count))
+        number = min(size, count - start)
+        index = torch.arange(oversample * start, oversample * (start + number))
         path = _Path(tuned, reference, steps, backend, index_cond(cond, index))
-        path.carry(*carry, len(index), generator)
-        path.forward(len(index), generator)
+        path.carry(*carry, number, generator)
+        path.forward(len(index), generator, graphs=oversample == 1)
+        if oversample > 1:
+            path.keep(*kept(terminal.active(path.end, path.cond), number, path.end, generator))
         parts.append(path.backward(terminal, running))
     if len(parts) == 1:
         return parts[0]
     return _joined(parts, cond)
+
+
+def kept(
+    active: Tensor, count: int, like: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Which ``count`` of N simulated trajectories to keep, and what each stands for.
+
+    Stratified: of the N_a with a reward gradient as many as there are, up to half of ``count``;
+    the rest from the others; with weights (N_h / N) / (n_h / count) per stratum h, so that
+    weighted means are unbiased (methods, section 3.7). A thin tail then is a good part of the
+    regression, and the weights say how thin it is.
+
+    Args:
+        active: (N,) of bool.
+        count: number to keep.
+        like: (N, *event), for device and dtype.
+        generator: of the draw.
+
+    Returns:
+        indices (count,), and weights (count,) of mean one.
+    """
+    total = len(like)
+    order = torch.randperm(total, generator=generator, device=generator.device).to(like.device)
+    tail, body = order[active[order]], order[~active[order]]
+    number = min(len(tail), max(count // 2, count - len(body)))
+    tail, rest = tail[:number], body[: count - number]
+    share = int(active.sum()) / total
+    weights = [
+        torch.full((len(part),), mass * count / max(len(part), 1))
+        for part, mass in ((tail, share), (rest, 1 - share))
+    ]
+    return torch.cat([tail, rest]), torch.cat(weights).to(like)
 
 
 class _Path:
@@ -156,9 +197,12 @@ class _Path:
         self.beta2 = steps.beta2.tolist()
         # Per step: the state (a leaf), the reference's outputs with their graph, the end points.
         self.leaves: list[Tensor] = []
-        self.graphs: list[tuple[Tensor, Tensor | None]] = []
+        self.graphs: list[tuple[Tensor, Tensor | None] | None] = []
         self.endpoints: list[tuple[Tensor, Tensor, Tensor]] = []
         self.carried: Carried | None = None
+        self.importance: Tensor | None = None
+        self.noise: list[Tensor] = []
+        self.end = torch.empty(0)
 
     def carry(self, first: int, fraction: float, count: int, generator: torch.Generator) -> None:
         """Decide which trajectories carry their adjoint beyond the late steps."""
@@ -167,8 +211,19 @@ class _Path:
             order = torch.randperm(count, generator=generator, device=generator.device)
             self.carried = Carried(first, order[:number].sort().values)
 
+    def keep(self, index: Tensor, importance: Tensor) -> None:
+        """Forget all other trajectories."""
+        self.importance, self.cond = importance, index_cond(self.cond, index)
+        self.leaves = [leaf.detach()[index].requires_grad_() for leaf in self.leaves]
+        self.endpoints = [
+            (frozen[index], reference[index], tuned[index])
+            for frozen, reference, tuned in self.endpoints
+        ]
+        self.noise, self.end = [z[index] for z in self.noise], self.end[index]
+
     @torch.no_grad()
-    def forward(self, count: int, generator: torch.Generator) -> None:
+    def forward(self, count: int, generator: torch.Generator, graphs: bool = True) -> None:
+        """Simulate; ``graphs=False`` leaves the graphs of the late steps to ``backward``."""
         space, num_steps = self.reference.space, len(self.steps.t)
         shape = (num_steps + 1, *space.shape(count, self.cond))
         noise = torch.randn(shape, generator=generator, device=generator.device)
@@ -177,17 +232,18 @@ class _Path:
         x = self.noise.pop()
         for k, (t, z) in enumerate(zip(times, self.noise, strict=True)):
             leaf = x.requires_grad_()
-            tuned = self._endpoints(leaf, t, k)
+            late = self.carried is None or k >= self.carried.first
+            tuned = self._endpoints(leaf, t, k, graphs and late)
             x = torch.add(leaf * self.on_state[k], tuned, alpha=self.on_endpoint[k])
             x = torch.add(x, z, alpha=self.deviation[k])
         self.end = x
         if not bool(torch.isfinite(x).all()):
             raise NonFiniteError("adjoint matching", "roll-out", "the state", "Lower the rate.")
 
-    def _endpoints(self, leaf: Tensor, t: Tensor, k: int) -> Tensor:
+    def _endpoints(self, leaf: Tensor, t: Tensor, k: int, graph: bool) -> Tensor:
         """Keeps frozen, reference and tuned end points of a step; returns the last."""
         with self.backend.autocast():
-            with torch.set_grad_enabled(self.carried is None or k >= self.carried.first):
+            with torch.set_grad_enabled(graph):
                 out, shift = self._outputs(leaf, t, self.cond)
             frozen = self._frozen(out, leaf, k)
             base = frozen
@@ -197,7 +253,7 @@ class _Path:
         reference = frozen if shift is None else torch.add(frozen, shift, alpha=self.beta2[k])
         tuned = base if own is None else torch.add(base, own, alpha=self.beta2[k])
         self.leaves.append(leaf)
-        self.graphs.append((out, shift))
+        self.graphs.append((out, shift) if graph else None)
         self.endpoints.append((frozen, reference, tuned))
         return tuned
 
@@ -220,10 +276,10 @@ class _Path:
         adjoint = space.project(adjoint, self.cond)
         adjoints, gain = [adjoint], value
         first = 0 if self.carried is None else self.carried.first
-        for k in reversed(range(first, len(self.graphs))):
+        for k in reversed(range(first, len(self.leaves))):
             leaf = self.leaves[k]
             # A network also has slopes in directions that leave the space.
-            pulled = self._pulled_back(adjoint, leaf, self.graphs.pop(), k)
+            pulled = self._pulled_back(adjoint, leaf, self._graph(leaf, k), k)
             adjoint = space.project(pulled, self.cond)
             if running is not None:
                 t, s = (v[k].expand(len(leaf)) for v in (self.steps.t, self.steps.s))
@@ -238,6 +294,14 @@ class _Path:
         if not bool(torch.isfinite(stacked).all()):
             raise NonFiniteError("adjoint matching", "backward pass", "the adjoint")
         return self._recorded(stacked, value, gain)
+
+    def _graph(self, leaf: Tensor, k: int) -> tuple[Tensor, Tensor | None]:
+        """The reference's outputs at a step with their graph, which is freed with its last use."""
+        graph, self.graphs[k] = self.graphs[k], None
+        if graph is None:
+            with self.backend.autocast(), torch.enable_grad():
+                graph = self._outputs(leaf, self.steps.t[k].expand(len(leaf)), self.cond)
+        return graph
 
     def _early(self, adjoint: Tensor, carried: Carried) -> Tensor:
         """Adjoints before the late steps: of the carried trajectories; zero for the others."""
@@ -287,7 +351,8 @@ class _Path:
         ratio = kl + (shift * torch.stack(self.noise).flatten(2)).sum((0, 2))
         weight = None if gain is None else gain - ratio
         return Rollout(
-            states, adjoints, frozen, reference, tuned, kl, weight, value, self.cond, self.carried
+            states, adjoints, frozen, reference, tuned, kl, weight, value, self.cond,
+            self.carried, self.importance,
         )  # fmt: skip
 
 
@@ -296,6 +361,9 @@ def _joined(parts: list[Rollout], cond: Cond | None) -> Rollout:
         return torch.cat([getattr(p, name) for p in parts], axis)
 
     known, carried, start = parts[0].log_weight is not None, parts[0].carried, 0
+    if parts[0].importance is not None:  # of the trajectories that were kept
+        conds = [part.cond for part in parts if part.cond is not None]
+        cond = joined_cond(conds) if conds else None
     if carried is not None:
         index = []
         for part in parts:
@@ -309,4 +377,5 @@ def _joined(parts: list[Rollout], cond: Cond | None) -> Rollout:
         along("states", 1), along("adjoints", 1), along("frozen", 1), along("reference", 1),
         along("tuned", 1), along("kl", 0), along("log_weight", 0) if known else None,
         along("value", 0) if known else None, cond, carried,
+        None if parts[0].importance is None else along("importance", 0),
     )  # fmt: skip

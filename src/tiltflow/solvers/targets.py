@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -47,7 +48,10 @@ class Points:
         gain = (steps.beta2 if shared else steps.on_output)[k]
         base = path.frozen[k, b] if shared else expand_as(steps.on_x[k], x) * x
         target = (endpoints[k, b] - base) / expand_as(gain, x)
-        return Points(x, steps.t[k], target, steps.weight[k] * gain**2, index_cond(path.cond, b))
+        weight = steps.weight[k] * gain**2
+        if path.importance is not None:
+            weight = weight * path.importance[b]
+        return Points(x, steps.t[k], target, weight, index_cond(path.cond, b))
 
 
 def adjoint_target(path: Rollout, steps: Steps, clip: float | None) -> tuple[Tensor, float]:
@@ -62,8 +66,13 @@ def adjoint_target(path: Rollout, steps: Steps, clip: float | None) -> tuple[Ten
     c, adjoint = steps.coefficients, path.adjoints[1:]
     gain = c.variance / c.on_endpoint
     shift = shortened(expand_as(gain, adjoint) * adjoint, path.states[-1] - path.reference, clip)
-    active = adjoint[-1].flatten(1).any(1)
-    return path.reference + shift, float(active.float().mean())
+    active = adjoint[-1].flatten(1).any(1).float()
+    return path.reference + shift, float(weighted_mean(active, path.importance))
+
+
+def weighted_mean(values: Tensor, importance: Tensor | None) -> Tensor:
+    """Mean over trajectories, (B,) -> (), each for what it stands for."""
+    return (values if importance is None else values * importance).mean()
 
 
 def shortened(shift: Tensor, actual: Tensor, clip: float | None) -> Tensor:
@@ -86,8 +95,9 @@ def shortened(shift: Tensor, actual: Tensor, clip: float | None) -> Tensor:
 class Weights:
     """Importance weights of trajectories under the optimal path law, tempered.
 
-    ``weight`` (B,) has mean one and is proportional to exp(temper * log_weight); ``temper`` is the
-    largest power, at most one, that keeps the effective sample size above its bound.
+    ``weight`` (B,) has mean one over what the trajectories stand for, and is proportional to
+    exp(temper * log_weight); ``temper`` is the largest power, at most one, that keeps the
+    effective sample size above its bound.
     """
 
     weight: Tensor
@@ -95,13 +105,16 @@ class Weights:
     effective: float
 
 
-def path_weights(log_weight: Tensor, min_effective: float) -> Weights:
+def path_weights(
+    log_weight: Tensor, min_effective: float, importance: Tensor | None = None
+) -> Weights:
     """Weights of dP*/dP_tuned ~ exp(phi - log dP_tuned / dP_reference), (B,)."""
     log_weight = (log_weight - log_weight.max()).double()
+    base = torch.ones_like(log_weight) if importance is None else importance.double()
 
     def effective(power: float) -> float:
-        w = torch.softmax(power * log_weight, 0)
-        return float(1 / (w**2).sum()) / len(w)
+        w = base * (power * log_weight).exp()
+        return float(w.sum() ** 2 / (w**2).sum() * (base**2).mean()) / len(w)
 
     low, high = 0.0, 1.0
     full = effective(1.0)
@@ -110,8 +123,8 @@ def path_weights(log_weight: Tensor, min_effective: float) -> Weights:
             middle = (low + high) / 2
             low, high = (middle, high) if effective(middle) >= min_effective else (low, middle)
         high = low
-    weight = torch.softmax(high * log_weight, 0) * len(log_weight)
-    return Weights(weight.float(), high, full)
+    weight = (high * log_weight).exp()
+    return Weights((weight / (base * weight).mean()).float(), high, full)
 
 
 def value_target(path: Rollout, weights: Weights, actual: Tensor | None = None) -> Tensor:
@@ -147,6 +160,10 @@ def actual_shift(path: Rollout, clip: float | None) -> Tensor:
 BIAS_WEIGHT = 30.0
 """How much more a squared bias counts than a variance, which averages out over roll-outs."""
 
+DOUBT = 0.5
+"""What values lack is held against them only as far as it exceeds this part of what adjoints
+lack: between separated modes both lack something, but adjoints everything."""
+
 CARRIED = 1 / 8
 """Fraction of the trajectories that carry their adjoint where values say nearly everything."""
 
@@ -156,14 +173,18 @@ class Mixer:
     """Mixes the two targets step by step, for the least mean squared error.
 
     The noise of a target at step k is the mean of ``|target - e_tuned|^2``, averaged over
-    roll-outs; the share of the adjoint is::
+    roll-outs. Against both stands a third estimate of the shift to the optimum, noisy but
+    unbiased for a consistent model, (w - 1)(X_1 - e_tuned) (with both signs, unlike the value
+    target). What a target lacks is the squared difference of the means; the share of the adjoint
+    is then::
 
-        noise_value / (noise_value + noise_adjoint + 30 disagreement)
+        missing = 30 (lack_value - lack_adjoint / 2)_+
+        (noise_value + missing) / (noise_value + missing + noise_adjoint + 30 lack_adjoint)
 
-    A reward that is flat where the samples are has adjoints near zero: no noise, and no news. The
-    disagreement tells: the squared difference between the means of the adjoint's shift and of
-    (w - 1)(X_1 - e_tuned), which to first order is the shift to the optimum too. Without it,
-    values are ignored exactly where they are needed: between separated modes.
+    A reward that is flat where the samples are has adjoints near zero: no noise, and no news.
+    Without their lack, values would be ignored exactly where they are needed: between separated
+    modes. Where a tail is to be emptied, on the other hand, values only say by a trifle that all
+    else is good, whereas adjoints are exact: no noise again, and no news.
     """
 
     def __init__(self, memory: float = 0.9) -> None:
@@ -184,12 +205,15 @@ class Mixer:
             (value - path.tuned) / temper,
             expand_as((weights.weight - 1) / temper, actual[0]) * actual,
             path.states[:-1],
+            expand_as(weights.weight.expand(adjoint.shape[:2]), adjoint) * (adjoint - path.tuned),
         )
         carried = path.carried
         first = 0 if carried is None else carried.first
-        seen = _statistics(*(shift[first:] for shift in shifts))
+        stands = path.importance
+        seen = _statistics([shift[first:] for shift in shifts], stands)
         if carried is not None:
-            early = _statistics(*(shift[:first, carried.index] for shift in shifts))
+            few = None if stands is None else stands[carried.index]
+            early = _statistics([shift[:first, carried.index] for shift in shifts], few)
             seen = torch.cat([early, seen], 1)
         new = not self.noise.numel()
         self.noise = seen if new else torch.lerp(seen, self.noise, self.memory)
@@ -204,8 +228,11 @@ class Mixer:
     @property
     def share(self) -> Tensor:
         """Share of the adjoint at each step, (K,)."""
-        by_adjoint, by_value, bias = self.noise[0], self.noise[1], self.noise[2].clamp(min=0)
-        return by_value / (by_adjoint + by_value + BIAS_WEIGHT * bias).clamp(min=1e-30)
+        by_adjoint, by_value, lack, value_lack = self.noise
+        lack = lack.clamp(min=0)
+        by_value = by_value + BIAS_WEIGHT * (value_lack - DOUBT * lack).clamp(min=0)
+        share: Tensor = by_value / (by_adjoint + by_value + BIAS_WEIGHT * lack).clamp(min=1e-30)
+        return share
 
     def carry(self) -> tuple[int, float]:
         """Before which step only a fraction of the trajectories needs its adjoint, and which.
@@ -218,19 +245,28 @@ class Mixer:
         return (int(wanted[0]) if len(wanted) else self.noise.shape[1] - 1), CARRIED
 
 
-def _statistics(to_adjoint: Tensor, to_value: Tensor, to_optimum: Tensor, x: Tensor) -> Tensor:
-    """Mean squares of two shifts, and how much the first disagrees with a third; (3, K)."""
-    squares = [shift.flatten(2).square().sum(2).mean(1) for shift in (to_adjoint, to_value)]
-    return torch.stack([*squares, _disagreement(to_adjoint, to_optimum, x)])
+def _statistics(shifts: Sequence[Tensor], importance: Tensor | None) -> Tensor:
+    """Mean squares of two shifts, and what each lacks of a third; (4, K).
+
+    The adjoint's shift is weighted with the path weights, as the third, w (X_1 - e), is.
+    """
+    to_adjoint, to_value, to_optimum, x, weighted = shifts
+    ones = x.new_ones(x.shape[1]) if importance is None else importance
+    squares = [
+        (shift.flatten(2).square().sum(2) * ones).mean(1) for shift in (to_adjoint, to_value)
+    ]
+    stands = expand_as(ones.expand(x.shape[:2]), x)
+    lacks = [_disagreement(stands * (shift - to_optimum), x) for shift in (weighted, to_value)]
+    return torch.stack([*squares, *lacks])
 
 
-def _disagreement(first: Tensor, second: Tensor, x: Tensor) -> Tensor:
-    """Squared difference of the means of two targets, beyond its noise, (K,).
+def _disagreement(difference: Tensor, x: Tensor) -> Tensor:
+    """Squared mean of the difference of two targets, beyond its noise, (K,).
 
     Each coordinate is compared on average, and weighted with its own state, so that symmetric
     re-weightings count. An unbiased estimate: about zero where the targets agree.
     """
-    difference, x = (first - second).flatten(2), x.flatten(2)
+    difference, x = difference.flatten(2), x.flatten(2)
     x = (x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True).clamp(min=1e-6)
     total = difference.new_zeros(len(x))
     for weighted in (difference, difference * x):

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
-from tiltflow.density import Density
+from tiltflow.density import Bank, Density
 from tiltflow.errors import ConfigError
 from tiltflow.functional import Curvature, Functional, error_of, influence
 from tiltflow.potential import Hinge, Potential, offers_through_values
@@ -18,6 +18,28 @@ FEWEST_TAIL_SAMPLES = 10
 
 GOOD_TAIL_SAMPLES = 100
 """So many samples in the tail make a threshold good to a few percent (methods, section 3.7)."""
+
+
+def samples_for_tail(mass: float) -> int:
+    """Bank size with which the threshold of a tail of probability ``mass`` is good."""
+    return math.ceil(GOOD_TAIL_SAMPLES / mass)
+
+
+def require_tail(user: object, mass: float, bank: Bank) -> None:
+    """Raise ``ConfigError`` if fewer than 10 effective samples of the bank lie in a tail.
+
+    Args:
+        user: who needs the tail, for the message.
+        mass: probability of the tail.
+        bank: the samples; quadrature nodes are always enough.
+    """
+    in_tail = mass * bank.effective_size
+    if not bank.exact and in_tail < FEWEST_TAIL_SAMPLES * (1 - 1e-9):
+        raise ConfigError(
+            f"{user}: the bank has {bank.effective_size:.0f} effective samples, so that "
+            f"{in_tail:.1f} are in the tail; at least {FEWEST_TAIL_SAMPLES} are needed. "
+            f"Draw num_samples >= {GOOD_TAIL_SAMPLES / mass:.0f}, or choose a less extreme level."
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +67,7 @@ class _Tail(Functional, abc.ABC):
 
     @property
     def samples_needed(self) -> int:
-        return math.ceil(GOOD_TAIL_SAMPLES / self.mass)
+        return samples_for_tail(self.mass)
 
     @final
     def offers(self, log: Access) -> Access:
@@ -70,14 +92,7 @@ class _Tail(Functional, abc.ABC):
             ConfigError: if fewer than 10 effective samples of the bank lie in the tail.
         """
         self.reward.require(Access.VALUE, type(self).__name__)
-        bank = p.bank
-        in_tail = self.mass * bank.effective_size
-        if not bank.exact and in_tail < FEWEST_TAIL_SAMPLES:
-            raise ConfigError(
-                f"{self}: the bank has {bank.effective_size:.0f} effective samples, so that "
-                f"{in_tail:.1f} are in the tail; at least {FEWEST_TAIL_SAMPLES} are needed. "
-                f"Draw num_samples >= {100 / self.mass:.0f}, or choose a less extreme level."
-            )
+        require_tail(self, self.mass, p.bank)
         threshold = float(p.quantile(self.reward.value, self.level))
         return Hinge(self.reward, threshold, 1 / self.mass, self._side)
 

@@ -39,8 +39,9 @@ class Entropy(Functional):
             known = "its values up to a constant" if p.log.offers & Access.VALUE else p.log.offers
             raise CapabilityError(
                 f"Entropy.value needs normalised values of log p, but {type(p).__name__} offers "
-                f"{known}. Use a density with a known log-probability (an analytic one or a "
-                "Quadrature); optimising the entropy needs none."
+                f"{known}. Use a density with a known log-probability (an analytic one, a "
+                "Quadrature, or FlowDensity(model, log=Likelihood(model))); optimising the "
+                "entropy needs none."
             )
         mean = p.estimate(p.log.value)
         return Estimate(-mean.value, mean.standard_error, mean.count)

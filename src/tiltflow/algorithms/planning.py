@@ -1,0 +1,368 @@
+"""Plan on a bank, tune once: mirror descent without training, then one fine-tuning."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+
+from tiltflow.algorithms.mirror_descent import (
+    Iterate,
+    ignore,
+    mirror_descent,
+    objective_value,
+    stationarity,
+)
+from tiltflow.algorithms.rates import Attempt, LineSearch, Predict, RateRule
+from tiltflow.context import Context
+from tiltflow.density import Bank, Density, FlowDensity, Reweighted
+from tiltflow.divergences.kl import KL
+from tiltflow.errors import ConfigError, UnsupportedError
+from tiltflow.flow import FlowModel
+from tiltflow.functional import (
+    Functional,
+    FutureDensity,
+    Promise,
+    check,
+    influence,
+    spread,
+)
+from tiltflow.potential import ZERO, Potential, remembering
+from tiltflow.problem import ControlProblem, Result, Solution, Solver
+from tiltflow.sample import Sampler, step_kl
+from tiltflow.seed import Seed
+from tiltflow.solvers.bank import BankSolver, weights_kl
+from tiltflow.types import Access, Estimate
+
+SAME_TILT = 1e-2
+"""Two plans whose KL on the bank is below this fraction of their KL to the start are one."""
+
+MAX_THIN = 8
+"""How often a step that makes the bank too thin is tried again at half the rate."""
+
+
+@final
+@dataclass(frozen=True)
+class Planned:
+    """Where mirror descent on a bank went.
+
+    Attributes:
+        potential: log p / p_start, up to a constant: the terminal reward of one fine-tuning.
+        p: the re-weighted bank.
+        objective: G[p].
+        stationarity: see ``mirror_descent.stationarity``.
+        iterations: steps taken.
+        kl: KL(p || start), on the bank.
+        exhausted: whether the bank, not the objective, ended the descent.
+    """
+
+    potential: Potential
+    p: Reweighted
+    objective: Estimate
+    stationarity: float
+    iterations: int
+    kl: float
+    exhausted: bool
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Planning:
+    """How a plan is made.
+
+    Args:
+        bank_size: samples that a plan is made on; more where the objective's tails need them.
+        min_effective: least effective size of the re-weighted bank, as a fraction of the bank;
+            where the tilt would go beyond, the plan stops there, a model is tuned, and the next
+            plan is made on its samples.
+        max_rounds: plans (and tunings) at most.
+        max_iterations: steps of one plan at most; they cost no training.
+        tolerance: stationarity at which a plan is finished.
+    """
+
+    bank_size: int = 16384
+    min_effective: float = 0.05
+    max_rounds: int = 4
+    max_iterations: int = 400
+    tolerance: float = 1e-3
+
+    def __post_init__(self) -> None:
+        checks = {
+            "bank_size": self.bank_size >= 100,
+            "min_effective": 0 < self.min_effective < 1,
+            "max_rounds": self.max_rounds >= 1,
+            "max_iterations": self.max_iterations >= 1,
+            "tolerance": self.tolerance >= 0,
+        }
+        for name, fine in checks.items():
+            if not fine:
+                raise ConfigError(f"Planning: {name}={getattr(self, name)!r} is out of range.")
+
+
+def plannable(objective: Functional, prior: Density) -> bool:
+    """Whether a bank of samples of ``prior`` is enough to linearise the objective."""
+    conditional = isinstance(prior, FlowDensity) and prior.conditions is not None
+    return not conditional and Access.VALUE in objective.offers_at(_unsampled(prior))
+
+
+def worth_planning(objective: Functional, prior: Density) -> bool:
+    """Whether a plan is possible and better than one step at rate 1 / weight.
+
+    That single step is exact where the objective is linear but for the KL to ``prior``.
+    """
+    others = [t for _, t in objective.terms if not _is_anchor(t, prior.log)]
+    anchored = len(others) < len(objective.terms)
+    exact = anchored and all(t.curvature == "linear" for t in others)
+    return not exact and plannable(objective, prior)
+
+
+def plan(
+    objective: Functional,
+    start: Reweighted,
+    settings: Planning | None = None,
+    context: Context | None = None,
+    *,
+    prior: Density | None = None,
+) -> Planned:
+    """Mirror descent on a bank of samples, to the optimum or as far as the bank carries.
+
+    Steps are as long as the objective allows (``LineSearch``). With ``- weight * KL(prior)`` in
+    the objective, the history of steps then collapses: at the optimum
+    psi = delta(G + weight KL)[p] / weight, one first variation, which is returned where it gives
+    the same weights. Otherwise psi is the sum of all steps.
+
+    Args:
+        objective: G.
+        start: the bank.
+        settings: when to stop.
+        context: seed and callbacks; nothing is drawn.
+        prior: the density that a KL of the objective refers to; ``start`` by default.
+    """
+    settings, context = settings or Planning(), context or Context()
+    anchor = (prior or start).log
+    iterates: list[Iterate[Reweighted]] = []
+    floor = settings.min_effective * len(start.bank.weights)
+    with remembering(start.bank.points):
+        g = objective.first_variation(start)
+        rate = 1 / max(spread(influence(g, start), start), 1e-12)
+        cap = _inverse_weight(objective, anchor)
+        rule = _WhileCarried(LineSearch(initial=min(rate, cap), max_rate=cap), floor)
+        mirror_descent(
+            objective, start, BankSolver(), rule, density=lambda p, seed: p, context=context,
+            prior=start, num_iterations=settings.max_iterations, tolerance=settings.tolerance,
+            on_iterate=lambda k, iterate: iterates.append(iterate),
+        )  # fmt: skip
+        p = iterates[-1].solution.model if iterates else start
+        psi = ZERO if p is start else p.log - start.log
+        single = None if p is start else _collapsed(objective, start, p, psi, anchor)
+        psi = psi if single is None else single
+        p = start.tilted(psi)
+        gap = stationarity(objective, p)
+        return Planned(
+            psi, p, objective_value(objective, p), gap, len(iterates),
+            weights_kl(p.bank, start.bank), rule.edge and not gap < settings.tolerance,
+        )  # fmt: skip
+
+
+@final
+class _WhileCarried(RateRule):
+    """Another rule's steps, up to the first that the bank has to cut short."""
+
+    def __init__(self, rule: RateRule, floor: float) -> None:
+        self.rule, self.floor = rule, floor
+        self.edge = False
+        """Whether the bank is as thin as it may be."""
+
+    @property
+    def length(self) -> int | None:
+        return self.rule.length
+
+    def propose(self, number: int, previous: float | None, predict: Predict | None) -> float:
+        return self.rule.propose(number, previous, predict)
+
+    def retry(self, attempt: Attempt) -> float | None:
+        if self.edge and attempt.number == 0:
+            return 0.0  # ever smaller steps would lead nowhere
+        if attempt.stats["effective_size"] >= self.floor:
+            return self.rule.retry(attempt)
+        self.edge = True
+        return 0.5 * attempt.rate if attempt.number < MAX_THIN else 0.0
+
+
+def plan_and_tune(
+    objective: Functional,
+    model: FlowModel,
+    solver: Solver[FlowModel],
+    *,
+    prior: FlowDensity,
+    context: Context,
+    settings: Planning | None = None,
+    density: Callable[[FlowModel, Seed], Density] | None = None,
+    completed: Sequence[Solution[FlowModel]] = (),
+    on_iterate: Callable[[int, Iterate[FlowModel]], None] = ignore,
+) -> Solution[FlowModel]:
+    """Flow Density Control with one fine-tuning instead of one per step.
+
+    Deviation: Flow Density Control (algorithm 1) trains a model in every step, only to linearise
+    at its samples. A weighted bank of pre-trained samples stands for every tilt as well, so that
+    ``plan`` finds the optimum without training, and ``solver`` is run once for its potential.
+    Where the bank is too thin for the whole way (its effective size), the model is tuned for the
+    part that it carries, and the next plan starts from samples of that model, weighted with
+    exp(psi) dP_prior / dP_tuned along their paths, so that errors of the tuning do not enter.
+
+    Args:
+        objective: G; must be ``plannable``.
+        model: the pre-trained model.
+        solver: a trained solver.
+        prior: the density of ``model`` that the objective refers to.
+        context: seed, backend, callbacks; round r runs at the address ``iteration/r``.
+        settings: of the plans.
+        density: the law of a tuned model, for the statistics; default: like ``prior``.
+        completed: solutions of the first rounds of an earlier run with the same arguments.
+        on_iterate: called after each round.
+
+    Returns:
+        the last solution; ``stats`` has ``plan_objective``, ``plan_objective_error``,
+        ``plan_iterations``, ``plan_kl``, ``plan_effective_size`` and ``rounds`` added.
+
+    Raises:
+        CapabilityError: before any work, if a bank is not enough for the objective.
+        UnsupportedError: before any work, for conditional models: weights on pairs of sample and
+            condition would change the law of the conditions.
+    """
+    settings = settings or Planning()
+    if prior.conditions is not None:
+        raise UnsupportedError(
+            "plan_and_tune: a bank of a conditional model cannot be re-weighted as a whole, "
+            "because every condition has its own normaliser. Use mirror_descent."
+        )
+    check(objective, _unsampled(prior), Access.VALUE, "Planning on a bank")
+    job = _Job(objective, model, solver, prior, context, settings, density)
+    psi, last = ZERO, Solution(model)
+    for r in range(settings.max_rounds):
+        start, at = job.start(r, last.model, psi), job.at(r).child("plan")
+        planned = plan(objective, start, settings, at, prior=prior)
+        psi = psi + planned.potential
+        new = r >= len(completed)
+        last = job.tune(r, planned, psi, last.model) if new else completed[r]
+        if new:
+            on_iterate(r, job.iterate(r, psi, last))
+        if last.result not in (Result.DONE, Result.CONVERGED) or not planned.exhausted:
+            break
+    return last
+
+
+@final
+@dataclass(frozen=True)
+class _Job:
+    """The arguments of ``plan_and_tune``, and one method for each part of a round."""
+
+    objective: Functional
+    model: FlowModel
+    solver: Solver[FlowModel]
+    prior: FlowDensity
+    context: Context
+    settings: Planning
+    density: Callable[[FlowModel, Seed], Density] | None
+
+    def at(self, r: int) -> Context:
+        return self.context.child("iteration", r)
+
+    def start(self, r: int, model: FlowModel, psi: Potential) -> Reweighted:
+        """The bank that round r plans on: pre-trained samples, or corrected ones of ``model``."""
+        size = max(self.settings.bank_size, 2 * self.objective.samples_needed)
+        if r == 0:
+            return Reweighted(self.prior.at_least(size).bank, self.prior.log)
+        seed = self.at(r).seed.child("bank")
+        bank = _corrected(model, self.model, psi, self.prior, size, seed)
+        return Reweighted(bank, self.prior.log + psi, origin=self.prior.log)
+
+    def tune(
+        self, r: int, planned: Planned, psi: Potential, init: FlowModel
+    ) -> Solution[FlowModel]:
+        """One fine-tuning of the pre-trained model, started from the last one."""
+        psi.require(self.solver.needs, type(self.solver).__name__)
+        problem = ControlProblem(self.model, psi)
+        solution = self.solver.solve(problem, self.at(r), init=init)
+        stats = {
+            **solution.stats, "step_kl": planned.kl, "rounds": r + 1.0,
+            "plan_objective": planned.objective.value,
+            "plan_objective_error": planned.objective.standard_error,
+            "plan_iterations": float(planned.iterations), "plan_kl": planned.kl,
+            "plan_effective_size": planned.p.bank.effective_size,
+            "plan_exhausted": float(planned.exhausted),
+        }  # fmt: skip
+        return replace(solution, stats=stats)
+
+    def iterate(self, r: int, psi: Potential, last: Solution[FlowModel]) -> Iterate[FlowModel]:
+        """What is known of the tuned model."""
+        seed = self.at(r).seed.child("density")
+        make = self.density or functools.partial(_like, self.prior)
+        p = make(last.model, seed).at_least(self.objective.samples_needed)
+        p = p.with_log(self.prior.log + psi)
+        worth = objective_value(self.objective, p)
+        gap = stationarity(self.objective, p)
+        return Iterate(r, math.nan, worth, gap, last.stats["step_kl"], last)
+
+
+def _like(prior: FlowDensity, model: FlowModel, seed: Seed) -> FlowDensity:
+    return FlowDensity(
+        model, sampler=prior.sampler, num_samples=prior.num_samples, seed=seed,
+        conditions=prior.conditions, score_time=prior.score_time,
+    )  # fmt: skip
+
+
+def _unsampled(prior: Density) -> Density:
+    """A stand-in that offers what every re-weighted bank of ``prior`` will offer."""
+    return FutureDensity(prior.log + Promise(Access.BOTH))
+
+
+def _corrected(
+    model: FlowModel,
+    reference: FlowModel,
+    psi: Potential,
+    prior: FlowDensity,
+    count: int,
+    seed: Seed,
+) -> Bank:
+    """Samples of ``model`` with weights exp(psi) dP_reference / dP_model along their paths."""
+    sampler = prior.sampler if prior.sampler.kernel.memoryless else Sampler()
+    points, log_weights = [], []
+    for batch, first in enumerate(range(0, count, sampler.batch_size)):
+        size = min(sampler.batch_size, count - first)
+        where = seed.child("batch", batch)
+        path = sampler.simulate(model, size, seed=where)
+        ratio = step_kl(model, reference, sampler.kernel, path)[1]
+        points.append(path.end)
+        log_weights.append((psi.value(path.end) - ratio).double())
+    return Bank(torch.cat(points), torch.softmax(torch.cat(log_weights), 0))
+
+
+def _inverse_weight(objective: Functional, anchor: Potential) -> float:
+    """1 / weight of the KL to the law with this log-density; 1e6 where there is none."""
+    weight = -sum(c for c, term in objective.terms if _is_anchor(term, anchor))
+    return 1 / weight if weight > 1e-6 else 1e6
+
+
+def _is_anchor(term: Functional, anchor: Potential) -> bool:
+    return isinstance(term, KL) and term.prior.log is anchor
+
+
+def _collapsed(
+    objective: Functional, start: Reweighted, p: Reweighted, psi: Potential, anchor: Potential
+) -> Potential | None:
+    """psi by the condition of stationarity, if it gives the same weights as the history of steps.
+
+    One more anchored step at rate 1 / weight: its KL part cancels all earlier ones.
+    """
+    rate = _inverse_weight(objective, anchor)
+    if rate >= 1e6:
+        return None
+    single = psi + rate * objective.first_variation(p)
+    there = start.tilted(single)
+    far = weights_kl(p.bank, start.bank)
+    return single if weights_kl(there.bank, p.bank) <= SAME_TILT * far else None
