@@ -29,12 +29,14 @@ from tiltflow.analytic import GaussianMixture, gaussian
 from tiltflow.context import Context
 from tiltflow.density import Empirical, FlowDensity, Quadrature
 from tiltflow.divergences import KL
-from tiltflow.errors import CapabilityError
+from tiltflow.errors import CapabilityError, ConfigError, UnsupportedError
 from tiltflow.potential import BlackBox, Potential
 from tiltflow.problem import ControlProblem, Result, Solution
 from tiltflow.rewards.points import Linear
 from tiltflow.sample import Sampler
+from tiltflow.schedule import Cosine
 from tiltflow.seed import Seed
+from tiltflow.solvers import AdjointMatching
 from tiltflow.solvers.exact import GaussianSolver, GridSolver
 from tiltflow.types import Access, Cond
 from tiltflow.utilities import Entropy, ExpectedReward, LeftCVaR, RightCVaR
@@ -413,3 +415,22 @@ def test_entropy_of_a_flow_is_not_invented() -> None:
     assert math.isnan(its[0].objective.value)
     assert math.isnan(its[0].stationarity)
     assert len(its) == 2
+
+
+def test_priors_of_another_kind_are_refused() -> None:
+    """Another space, or scores on another schedule, are found before any sample is drawn."""
+    model = gaussian([0.0, 0.0], 1.0).flow(hidden=())
+    p = FlowDensity(model)
+    for prior in (gaussian([0.0], 1.0), Empirical(torch.zeros(4, 3))):
+        with pytest.raises(ConfigError, match="must live in one space"):
+            run(
+                ExpectedReward(Linear(1.0)) - KL(prior), model, AdjointMatching(), [1.0],
+                density=lambda m, s: p, prior=p,
+            )  # fmt: skip
+    other = FlowDensity(gaussian([0.0, 0.0], 1.0).flow(Cosine(), hidden=()))
+    with pytest.raises(UnsupportedError, match="differently noised"):
+        run(
+            ExpectedReward(Linear(1.0)) - KL(other), model, AdjointMatching(), [1.0],
+            density=lambda m, s: p, prior=p,
+        )  # fmt: skip
+    assert "bank" not in p.__dict__

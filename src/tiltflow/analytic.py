@@ -118,6 +118,10 @@ class GaussianMixture(Density):
         self._log = MixtureLog(self.means, self.stds, self.log_weights)
 
     @property
+    def event(self) -> tuple[int, ...]:
+        return (self.means.shape[1],)
+
+    @property
     def weights(self) -> Tensor:
         """Normalised weights, (J,)."""
         return self.log_weights.exp()

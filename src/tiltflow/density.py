@@ -72,6 +72,11 @@ class Density(abc.ABC):
     def log(self) -> Potential:
         """log p, up to a constant: VALUE is the log-density, GRAD the score."""
 
+    @property
+    def event(self) -> tuple[int, ...] | None:
+        """Shape of one sample, where it is known without drawing any."""
+        return None
+
     def with_log(self, log: Potential) -> Density:
         """The same law, knowing more of its log-density; itself where ``log`` is exact already."""
         return self
@@ -141,6 +146,10 @@ class Empirical(Density):
                 raise ConfigError("Empirical: weights must be non-negative and not all zero.")
             self._bank = Bank(points, w / w.sum(), cond)
         self._log = UnknownLog("Empirical")
+
+    @property
+    def event(self) -> tuple[int, ...]:
+        return tuple(self._bank.points.shape[1:])
 
     @property
     def bank(self) -> Bank:
@@ -260,6 +269,10 @@ class FlowDensity(Density):
         self.conditions, self.score_time = conditions, score_time
         self._log = ModelScore(model, score_time) if log is None else log
 
+    @property
+    def event(self) -> tuple[int, ...]:
+        return self.model.space.event
+
     def with_log(self, log: Potential) -> FlowDensity:
         other = self._with(self.num_samples, log)
         if "bank" in self.__dict__:
@@ -371,6 +384,10 @@ class Quadrature(Density):
             0, len(self.axes) - 1
         )
         self._log = GridPotential(self.axes, self.table, self.nodes)
+
+    @property
+    def event(self) -> tuple[int, ...]:
+        return (len(self.axes),)
 
     @staticmethod
     def of(axes: Sequence[Tensor], log: Potential | Callable[[Tensor], Tensor]) -> Quadrature:

@@ -92,12 +92,9 @@ def prepare(tree: Table, device: torch.device | None = None) -> Plan:
         for name, recipe in recipes.items()
     }
     scope = {
-        name: FlowDensity(
-            each.model, sampler=sampler, num_samples=algorithm.num_samples,
-            seed=root.child(name), score_time=algorithm.score_time,
-        )
+        name: algorithm.density(each.model, sampler, root.child(name))
         for name, each in loaded.items()
-    }  # fmt: skip
+    }
     experiment: Experiment = tree.build(scope)
     plan = Plan(
         experiment, tree.plain, loaded[PRETRAINED], scope[PRETRAINED],

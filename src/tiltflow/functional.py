@@ -13,8 +13,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from tiltflow.density import Bank, Density
-from tiltflow.errors import CapabilityError, UnsupportedError
+from tiltflow.density import Bank, Density, FlowDensity
+from tiltflow.errors import CapabilityError, ConfigError, UnsupportedError
 from tiltflow.potential import ZERO, Potential
 from tiltflow.types import Access, Estimate
 
@@ -74,7 +74,8 @@ class Functional(abc.ABC):
         return self.offers(p.log.offers)
 
     def value_influence(self, p: Density) -> Tensor:
-        """How ``value`` moves with each sample of the bank of ``p``, (N,) float64, up to a constant.
+        """How ``value`` moves with each sample of the bank of ``p``, (N,) float64, up to a
+        constant.
 
         For an average over the bank of a function that the bank itself does not change, that
         function; by default the first variation, which also counts how p changes it.
@@ -265,7 +266,13 @@ def check(objective: Functional, p: Density | Access, needs: Access, user: str) 
         p: the density, or what its log offers.
         needs: what ``user`` cannot do without.
         user: who needs it, for the message.
+
+    Raises:
+        ConfigError: if a prior lives in another space.
+        UnsupportedError: if scores of models on different schedules would be subtracted.
     """
+    if isinstance(p, Density):
+        check_priors(objective, p)
 
     def offered(functional: Functional) -> Access:
         return functional.offers(p) if isinstance(p, Access) else functional.offers_at(p)
@@ -282,6 +289,27 @@ def check(objective: Functional, p: Density | Access, needs: Access, user: str) 
         f"{culprit} offers {offered(culprit)} here ({reason}); {user} needs {needs}: {missing} is "
         f"missing. {_REMEDIES[missing]}"
     )
+
+
+def check_priors(objective: Functional, p: Density) -> None:
+    """Refuse priors that ``p`` cannot be compared with; draws no sample."""
+    for prior in objective.priors:
+        if None not in (p.event, prior.event) and p.event != prior.event:
+            raise ConfigError(
+                f"{objective}: the prior {type(prior).__name__} has samples of shape "
+                f"{prior.event}, but the density that is tuned has {p.event}. Both must live in "
+                "one space."
+            )
+        if not (isinstance(p, FlowDensity) and isinstance(prior, FlowDensity)):
+            continue
+        by_scores = Access.VALUE not in (p.log.offers | prior.log.offers)
+        if by_scores and p.model.schedule != prior.model.schedule:
+            raise UnsupportedError(
+                f"{objective}: the prior's schedule is {prior.model.schedule}, that of the model "
+                f"{p.model.schedule}; their scores shortly before t = 1 are of differently noised "
+                "densities. Give both a likelihood, FlowDensity(model, log=Likelihood(model)), or "
+                "use a divergence of samples, such as MMD."
+            )
 
 
 @final

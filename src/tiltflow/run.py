@@ -10,7 +10,7 @@ import torch
 
 from tiltflow.algorithms.mirror_descent import mirror_descent
 from tiltflow.algorithms.planning import plan_and_tune
-from tiltflow.density import Density, FlowDensity
+from tiltflow.density import Density
 from tiltflow.environment import environment
 from tiltflow.errors import CapabilityError, ConfigError
 from tiltflow.evaluation import matching_rate, tilt_kl
@@ -153,14 +153,7 @@ def _ended(plan: Plan, solved: Sequence[Solved]) -> bool:
 
 def _density(plan: Plan) -> Callable[[FlowModel, Seed], Density]:
     algorithm, sampler = plan.experiment.algorithm, plan.training_sampler
-
-    def density(model: FlowModel, seed: Seed) -> Density:
-        return FlowDensity(
-            model, sampler=sampler, num_samples=algorithm.num_samples, seed=seed,
-            score_time=algorithm.score_time,
-        )  # fmt: skip
-
-    return density
+    return lambda model, seed: algorithm.density(model, sampler, seed)
 
 
 ATTEMPTS = 4

@@ -8,13 +8,16 @@ from typing import Literal, final
 
 from tiltflow.algorithms.planning import Planning
 from tiltflow.algorithms.rates import RateRule
+from tiltflow.density import FlowDensity
 from tiltflow.errors import ConfigError
 from tiltflow.flow import FlowModel
 from tiltflow.functional import Functional
 from tiltflow.models import Model
 from tiltflow.potential import Potential
 from tiltflow.problem import Solver
+from tiltflow.ratio import Likelihood
 from tiltflow.sample import Sampler
+from tiltflow.seed import Seed
 from tiltflow.signatures import Weighted
 
 
@@ -66,6 +69,9 @@ class MirrorDescent:
         planning: settings of ``"plan"``.
         num_samples: size of the bank that each linearisation is estimated from.
         score_time: time at which scores are read.
+        likelihood_steps: steps of the flow's ODE that give the models' log-densities values, for
+            objectives that need more than scores (an entropy that is planned or reported, ratio
+            divergences to another model); 0 for scores only.
         form: how a step is posed, see ``mirror_descent``.
         tolerance: stop when the objective is stationary to within this.
     """
@@ -76,14 +82,18 @@ class MirrorDescent:
     rate: RateRule | None = None
     num_samples: int = 4096
     score_time: float = 0.99
+    likelihood_steps: int = 0
     way: Literal["auto", "steps", "plan"] = "auto"
     planning: Planning = field(default_factory=Planning)
     form: Literal["anchored", "successive"] = "anchored"
     tolerance: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.num_iterations < 1 or self.num_samples < 2:
-            raise ConfigError("num_iterations must be at least 1 and num_samples at least 2.")
+        if self.num_iterations < 1 or self.num_samples < 2 or self.likelihood_steps < 0:
+            raise ConfigError(
+                "num_iterations must be at least 1, num_samples at least 2 and likelihood_steps "
+                "at least 0."
+            )
         if self.rates is not None and self.rate is not None:
             raise ConfigError("give either rates (numbers) or rate (a rule), not both.")
         if self.rates is not None and len(self.rates) != self.num_iterations:
@@ -103,6 +113,16 @@ class MirrorDescent:
                 f"{self.num_iterations} iterations need rates = [...] (one per iteration) or "
                 'rate = { kind = "PathKLBound", ... }.'
             )
+
+    def density(self, model: FlowModel, sampler: Sampler, seed: Seed) -> FlowDensity:
+        """The law of a model, as objectives see it."""
+        log = None
+        if self.likelihood_steps:
+            log = Likelihood(model, self.likelihood_steps, score_time=self.score_time)
+        return FlowDensity(
+            model, sampler=sampler, num_samples=self.num_samples, seed=seed,
+            score_time=self.score_time, log=log,
+        )  # fmt: skip
 
     @property
     def open(self) -> bool:
