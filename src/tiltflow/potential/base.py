@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, TypeVar, final
+from typing import TypeVar, final
 
 import torch
 from torch import Tensor
 
 from tiltflow.errors import CapabilityError, NonFiniteError, ShapeError
-from tiltflow.types import Access, Cond, expand_as
+from tiltflow.types import Access, Cond
 
 T = TypeVar("T")
 
@@ -256,237 +256,17 @@ def combine(*parts: tuple[float, Potential]) -> Potential:
     Equal means the same object. Terms whose coefficients cancel disappear: the difference of two
     log-densities that share an unknown part is then known, although neither of them is.
     """
-    terms: list[tuple[float, Potential]] = []
+    terms: dict[int, tuple[float, Potential]] = {}
     for scale, potential in parts:
         inner = potential.terms if isinstance(potential, Combination) else ((1.0, potential),)
         for factor, term in inner:
-            known = next((i for i, (_, t) in enumerate(terms) if t is term), None)
-            if known is None:
-                terms.append((scale * factor, term))
-            else:
-                terms[known] = (terms[known][0] + scale * factor, term)
+            before = terms.get(id(term), (0.0, term))[0]
+            terms[id(term)] = (before + scale * factor, term)
     # A coefficient that is rounding noise of the ones it was summed from counts as cancelled.
     largest = max((abs(s) for s, _ in parts), default=0.0)
-    kept = tuple((c, term) for c, term in terms if abs(c) > 1e-12 * largest)
+    kept = tuple((c, term) for c, term in terms.values() if abs(c) > 1e-12 * largest)
     return kept[0][1] if len(kept) == 1 and kept[0][0] == 1.0 else Combination(kept)
 
 
 ZERO: Potential = Combination(())
 """The potential 0, which offers everything."""
-
-
-class Reward(Potential):
-    """A differentiable reward: a subclass writes ``_value`` in torch, autograd does the rest."""
-
-    @property
-    def offers(self) -> Access:
-        return Access.BOTH
-
-    @final
-    def _grad(self, x: Tensor, cond: Cond | None) -> Tensor:
-        return self._value_and_grad(x, cond)[1]
-
-    @final
-    def _value_and_grad(self, x: Tensor, cond: Cond | None) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            leaf = x.detach().requires_grad_()
-            value = self._value(leaf, cond)
-            if (
-                isinstance(value, Tensor)
-                and value.shape == x.shape[:1]
-                and not value.requires_grad
-            ):
-                raise CapabilityError(
-                    f"{type(self).__name__} has no gradient: its value does not depend on x "
-                    "through differentiable torch operations. Rewrite it in torch, or wrap it in "
-                    "BlackBox and use a solver that needs values only."
-                )
-            self._checked(value, (x.shape[0],), "value")
-            (grad,) = torch.autograd.grad(value.sum(), leaf)
-        return value.detach(), grad
-
-
-@final
-class Differentiable(Reward):
-    """A reward from a function of x (and conditions), differentiable in torch."""
-
-    def __init__(self, function: Callable[..., Tensor], *, takes_cond: bool = False) -> None:
-        """``function(x)``, or ``function(x, cond)`` with ``takes_cond``, returns (B,)."""
-        self._function, self._takes_cond = function, takes_cond
-
-    def _value(self, x: Tensor, cond: Cond | None) -> Tensor:
-        return self._function(x, cond) if self._takes_cond else self._function(x)
-
-
-@final
-class BlackBox(Potential):
-    """A reward of which only values are known; for solvers that need no gradient."""
-
-    def __init__(self, function: Callable[..., Tensor], *, takes_cond: bool = False) -> None:
-        """``function(x)``, or ``function(x, cond)`` with ``takes_cond``, returns (B,)."""
-        self._function, self._takes_cond = function, takes_cond
-
-    @property
-    def offers(self) -> Access:
-        return Access.VALUE
-
-    def _value(self, x: Tensor, cond: Cond | None) -> Tensor:
-        with torch.no_grad():
-            return self._function(x, cond) if self._takes_cond else self._function(x)
-
-
-def offers_through_values(reward: Potential) -> Access:
-    """What a function of a reward's values offers: its gradient needs the value too."""
-    return reward.offers if Access.VALUE in reward.offers else Access.NONE
-
-
-class OfReward(Potential, abc.ABC):
-    """A function of the values of one reward: phi = f(r), grad phi = f'(r) grad r."""
-
-    reward: Potential
-
-    @abc.abstractmethod
-    def applied(self, r: Tensor) -> tuple[Tensor, Tensor]:
-        """f(r) and f'(r), both (B,)."""
-
-    @property
-    def offers(self) -> Access:
-        return offers_through_values(self.reward)
-
-    @property
-    def source(self) -> Potential:
-        return self.reward
-
-    @property
-    def worth_remembering(self) -> bool:
-        return False
-
-    @final
-    def of_value(self, value: Tensor) -> Tensor:
-        return self.applied(value)[0]
-
-    @final
-    def of_value_and_grad(self, value: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-        applied, slope = self.applied(value)
-        return applied, expand_as(slope.to(grad), grad) * grad
-
-    @final
-    def _value(self, x: Tensor, cond: Cond | None) -> Tensor:
-        return self.of_value(self.reward.value(x, cond))
-
-    @final
-    def _grad(self, x: Tensor, cond: Cond | None) -> Tensor:
-        return self._value_and_grad(x, cond)[1]
-
-    @final
-    def _value_and_grad(self, x: Tensor, cond: Cond | None) -> tuple[Tensor, Tensor]:
-        return self.of_value_and_grad(*self.reward.value_and_grad(x, cond))
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class Hinge(OfReward):
-    """One side of a reward, scaled: the first variation of a tail expectation.
-
-    ``side="above"``: slope * (r - threshold)_+ ; ``side="below"``: -slope * (threshold - r)_+.
-    Both are non-decreasing in r. The gradient is slope * grad r on the active side, else 0.
-    """
-
-    reward: Potential
-    threshold: float
-    slope: float
-    side: Literal["above", "below"]
-
-    @property
-    def sparse(self) -> bool:
-        return True
-
-    def active(self, x: Tensor, cond: Cond | None = None) -> Tensor:
-        return self._active(self.reward.value(x, cond))
-
-    def _active(self, r: Tensor) -> Tensor:
-        return r > self.threshold if self.side == "above" else r < self.threshold
-
-    def applied(self, r: Tensor) -> tuple[Tensor, Tensor]:
-        over = r - self.threshold
-        excess = over.clamp(min=0) if self.side == "above" else over.clamp(max=0)
-        return self.slope * excess, self.slope * self._active(r).to(r)
-
-    def __str__(self) -> str:
-        return f"Hinge({self.reward}, {self.side} {self.threshold:.4g})"
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class Shaped(OfReward):
-    """A smooth function of a reward: phi = f(r), grad phi = f'(r) grad r.
-
-    Args:
-        reward: r; its value is needed, for the gradient too.
-        shape: r (B,) -> (f(r), f'(r)), both (B,).
-        name: for messages.
-    """
-
-    reward: Potential
-    shape: Callable[[Tensor], tuple[Tensor, Tensor]]
-    name: str = "Shaped"
-
-    def applied(self, r: Tensor) -> tuple[Tensor, Tensor]:
-        return self.shape(r)
-
-    def __str__(self) -> str:
-        return f"{self.name}({self.reward})"
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class Decoded(Potential):
-    """A reward on decoded states: phi(decode(x)), e.g. of an image behind an auto-encoder."""
-
-    reward: Potential
-    decode: Callable[[Tensor], Tensor]
-
-    @property
-    def offers(self) -> Access:
-        return self.reward.offers
-
-    def _value(self, x: Tensor, cond: Cond | None) -> Tensor:
-        with torch.no_grad():
-            return self.reward.value(self.decode(x), cond)
-
-    def _grad(self, x: Tensor, cond: Cond | None) -> Tensor:
-        with torch.enable_grad():
-            leaf = x.detach().requires_grad_()
-            y = self.decode(leaf)
-        (grad,) = torch.autograd.grad(y, leaf, self.reward.grad(y.detach(), cond))
-        return grad
-
-    def __str__(self) -> str:
-        return f"Decoded({self.reward})"
-
-
-class StepReward(Protocol):
-    """A running reward f(x, t, s) earned on the step t -> s (already times the step's length)."""
-
-    def value(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
-        """(B, *event), (B,), (B,) -> (B,)."""
-        ...
-
-    def grad(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
-        """Gradient in x, (B, *event)."""
-        ...
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class Rate(StepReward):
-    """A running reward from a rate: f(x, t, s) = (s - t) * weight(t) * potential(x)."""
-
-    potential: Potential
-    weight: Callable[[Tensor], Tensor] = torch.ones_like
-
-    def value(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
-        return (s - t) * self.weight(t) * self.potential.value(x, cond)
-
-    def grad(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
-        return expand_as((s - t) * self.weight(t), x) * self.potential.grad(x, cond)
