@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from common import Page, Settings, spread
@@ -20,17 +21,44 @@ FRESH = 1000
 """New samples of p at which gradients are compared."""
 
 
-@dataclass(frozen=True)
-class Case:
-    """p and q = N(0, I), with everything known: p is moved by ``shift`` e_1 or scaled.
+class Case(Protocol):
+    """Two laws whose cost, map and potentials are known."""
 
-    Args:
-        name: a row of the tables.
-        power: 1 or 2.
-        shift: along the first axis.
-        std: of p, in all directions.
-        dimension: D.
-    """
+    name: str
+    power: int
+
+    @property
+    def exact(self) -> float:
+        """W_1 or W_2^2."""
+        ...
+
+    def p(self, count: int, seed: Seed) -> Tensor:
+        """Samples of p."""
+        ...
+
+    def q(self, count: int, seed: Seed) -> Tensor:
+        """Samples of the prior."""
+        ...
+
+    def gradient(self, x: Tensor) -> Tensor:
+        """Of Kantorovich's potential of p's side, at samples of p."""
+        ...
+
+    def noise(self, x: Tensor, y: Tensor) -> float:
+        """How far the exact potentials' means over samples are from their expectations.
+
+        It is the first-order noise of every estimate of the cost; without it, bias remains.
+        """
+        ...
+
+
+def normal(count: int, dimension: int, seed: Seed) -> Tensor:
+    return torch.randn(count, dimension, generator=seed.generator(), dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Gaussians:
+    """q = N(0, I); p is moved by ``shift`` along the first axis, or scaled by ``std``."""
 
     name: str
     power: int
@@ -38,47 +66,72 @@ class Case:
     std: float = 1.0
     dimension: int = 2
 
-    def moved(self, z: Tensor) -> Tensor:
-        """Samples of p from standard normal ones."""
-        out = self.std * z
+    def p(self, count: int, seed: Seed) -> Tensor:
+        out = self.std * normal(count, self.dimension, seed)
         out[:, 0] += self.shift
         return out
 
-    @property
-    def radius(self) -> float:
-        """E|Z| of a standard normal in D dimensions."""
-        half = self.dimension / 2
-        return math.sqrt(2) * math.exp(math.lgamma(half + 0.5) - math.lgamma(half))
+    def q(self, count: int, seed: Seed) -> Tensor:
+        return normal(count, self.dimension, seed)
 
     @property
     def exact(self) -> float:
-        """W_1 or W_2^2."""
-        if self.power == 1:
-            return self.shift + (self.std - 1) * self.radius
-        return self.shift**2 + self.dimension * (self.std - 1) ** 2
+        if self.power == 2:
+            return self.shift**2 + self.dimension * (self.std - 1) ** 2
+        half = self.dimension / 2
+        radius = math.sqrt(2) * math.exp(math.lgamma(half + 0.5) - math.lgamma(half))
+        return self.shift + (self.std - 1) * radius
 
     def gradient(self, x: Tensor) -> Tensor:
-        """Of Kantorovich's potential of p's side."""
+        axis = torch.eye(self.dimension, dtype=x.dtype)[0].expand_as(x)
         if self.power == 2:
-            centre = torch.zeros_like(x)
-            centre[:, 0] = self.shift
-            return 2 * (x - (x - centre) / self.std)
-        if self.shift:
-            return torch.zeros_like(x).index_fill_(1, torch.tensor([0]), 1.0)
-        return x / x.norm(dim=1, keepdim=True)
+            return 2 * (x - (x - self.shift * axis) / self.std)
+        return axis if self.shift else x / x.norm(dim=1, keepdim=True)
 
     def noise(self, x: Tensor, y: Tensor) -> float:
-        """How far the exact potentials' means over samples are from their expectations.
-
-        It is the first-order noise of every estimate of the cost; without it, bias remains.
-        """
         if self.power == 1:
             f, g = (x[:, 0], y[:, 0]) if self.shift else (x.norm(dim=1), y.norm(dim=1))
             return float(f.mean() - g.mean()) - self.exact
         if self.shift:
-            return 2 * self.shift * float((x - y)[:, 0].mean() - self.shift)
+            return 2 * self.shift * (float((x - y)[:, 0].mean()) - self.shift)
         f, g = (1 - 1 / self.std) * (x * x).sum(1), (1 - self.std) * (y * y).sum(1)
         return float(f.mean() + g.mean()) - self.exact
+
+
+@dataclass(frozen=True)
+class Ring:
+    """q has eight Gaussians on a circle; in p every other one is farther out, the rest nearer.
+
+    They hold equal numbers of samples, and sample i is of Gaussian i modulo 8.
+    """
+
+    name: str = "ring of 8, in and out"
+    power: int = 2
+    std: float = 0.2
+    move: float = 0.4
+
+    def _at(self, count: int) -> tuple[Tensor, Tensor]:
+        k = torch.arange(count) % 8
+        angle = k.double() * math.pi / 4
+        out = torch.stack([angle.cos(), angle.sin()], 1)
+        return 2 * out, self.move * (2 * (k % 2) - 1)[:, None] * out
+
+    def p(self, count: int, seed: Seed) -> Tensor:
+        centre, move = self._at(count)
+        return centre + move + self.std * normal(count, 2, seed)
+
+    def q(self, count: int, seed: Seed) -> Tensor:
+        return self._at(count)[0] + self.std * normal(count, 2, seed)
+
+    @property
+    def exact(self) -> float:
+        return self.move**2
+
+    def gradient(self, x: Tensor) -> Tensor:
+        return 2 * self._at(len(x))[1]
+
+    def noise(self, x: Tensor, y: Tensor) -> float:
+        return float((self.gradient(x) * (x - y)).sum(1).mean()) - 2 * self.move**2
 
 
 @dataclass(frozen=True)
@@ -90,16 +143,10 @@ class Found:
     seconds: float
 
 
-def normal(case: Case, count: int, seed: Seed) -> Tensor:
-    generator = seed.generator()
-    return torch.randn(count, case.dimension, generator=generator, dtype=torch.float64)
-
-
 def measure(case: Case, count: int, seed: int, method: str, epsilon: float) -> Found:
     """Value and gradient of one method; the gradient's error is relative, root mean square."""
     address = Seed(seed).child("transport")
-    x = case.moved(normal(case, count, address.child("p")))
-    y = normal(case, count, address.child("q"))
+    x, y = case.p(count, address.child("p")), case.q(count, address.child("q"))
     p, prior = Empirical(x), Empirical(y)
     distance = Wasserstein(
         prior,
@@ -111,7 +158,7 @@ def measure(case: Case, count: int, seed: int, method: str, epsilon: float) -> F
     start = time.process_time()
     value, potential = distance.value(p).value, distance.first_variation(p)
     seconds = time.process_time() - start
-    fresh = case.moved(normal(case, FRESH, address.child("fresh")))
+    fresh = case.p(FRESH, address.child("fresh"))
     true = case.gradient(fresh)
     miss = (potential.grad(fresh) - true).square().sum(1).mean().sqrt()
     size = true.square().sum(1).mean().sqrt()
@@ -146,9 +193,9 @@ def table(
 
 def seconds_of(make: Callable[[Empirical], Functional], dimension: int, count: int) -> float:
     """CPU-seconds of value and first variation."""
-    case = Case("", 1, shift=1.0, dimension=dimension)
-    x, y = (normal(case, count, Seed(0).child(side)) for side in "pq")
-    p, functional = Empirical(case.moved(x)), make(Empirical(y))
+    case = Gaussians("", 1, shift=1.0, dimension=dimension)
+    p = Empirical(case.p(count, Seed(0).child("p")))
+    functional = make(Empirical(case.q(count, Seed(0).child("q"))))
     start = time.process_time()
     functional.value(p)
     functional.first_variation(p)
@@ -171,39 +218,69 @@ def large(page: Page, settings: Settings) -> None:
     page.table(["functional", "CPU-s"], rows)
 
 
+def defaults(page: Page) -> None:
+    """What follows from the tables."""
+    page.text(
+        "## The default and why",
+        '`Wasserstein(method="auto")` is exact in one dimension, on grids and for power 1, and '
+        "sinkhorn with ε = 0.05 for power 2.",
+        "- In one dimension the closed form costs nothing and has no rival.\n"
+        "- For power 2 and smooth laws, entropy makes the gradient better, not only smoother: "
+        "with ε = 0.5 its error and the bias are a third to a half of the linear program's. But ε "
+        "is measured in the prior's median cost, and structure finer than that is blurred away: "
+        "on the ring ε = 0.5 misses most of the cost. ε = 0.05 is never much worse than the "
+        "linear program, and better on the ring. In many dimensions, where samples are far "
+        "apart, a larger ε is worth its bias if the laws are smooth.\n"
+        "- For power 1 the Sinkhorn divergence is not W_1 at any affordable ε: removing the "
+        "entropic bias also removes cost, and the gradient of the self-transport term, unit "
+        "vectors away from the nearest samples, is noise that grows as ε falls. The linear "
+        "program is within 3 % at 2000 samples in two dimensions.\n"
+        "- The critic is better than the linear program where the potential is simple, also in "
+        "eight dimensions, where the linear program's gradient is noise. It is useless where its "
+        "default training is too short to find the potential, as in the scaled case, and does "
+        "not say so: compare its cost with that of the exact method, on the same samples.",
+    )
+
+
 def main(settings: Settings) -> None:
     """Write docs/benchmarks/transport.md."""
-    counts = (100,) if settings.quick else (500, 2000)
+    counts = (200,) if settings.quick else (500, 2000)
     page = Page("transport", "Wasserstein distances of samples")
     page.text(
-        "q = N(0, I); p is q moved by d along an axis or scaled by s about the origin, where cost "
-        "and map are known. Banks are independent. `bias` is the mean over the seeds of (cost - "
-        "exact cost), without the first-order noise of the samples, which is known here (the "
-        "means of the exact potentials). The error of the gradient is root mean square over "
-        f"{FRESH} new samples of p, relative to the exact gradient, one number per seed. Times "
-        "are those of value, standard error and first variation."
+        "q = N(0, I) and p is q moved by d along an axis or scaled by s about the origin, or both "
+        "are rings of Gaussians: cost and map are known. Banks are independent. `bias` is the "
+        "mean over the seeds of (cost - exact cost), without the first-order noise of the "
+        "samples, which is known here (means of the exact potentials). The error of the gradient "
+        f"is root mean square over {FRESH} new samples of p, relative to the exact gradient, one "
+        "number per seed. Times are those of value, standard error and first variation."
     )
     page.text("## Power 2 (W_2^2), two dimensions")
-    moved = [Case(f"moved, d = {d:g}", 2, shift=d) for d in (0.3, 1.0)]
-    scaled = [Case(f"scaled, s = {s:g}", 2, std=s) for s in (1.5,)]
-    entropic = [("sinkhorn", e) for e in (0.5, 0.1, 0.02)]
-    table(page, moved + scaled, counts, [("exact", 0.1), *entropic], settings)
+    cases: list[Case] = [
+        Gaussians("moved, d = 0.3", 2, 0.3), Gaussians("moved, d = 1", 2, 1.0),
+        Gaussians("scaled, s = 1.5", 2, std=1.5), Ring(),
+    ]  # fmt: skip
+    methods = [("exact", 0.05), ("sinkhorn", 0.5), ("sinkhorn", 0.05)]
+    table(page, cases, counts, methods, settings)
     page.text("## Power 1 (W_1), two dimensions")
-    moved = [Case(f"moved, d = {d:g}", 1, shift=d) for d in (0.3, 1.0)]
-    scaled = [Case("scaled, s = 1.5", 1, std=1.5)]
-    others = [("exact", 0.1), ("sinkhorn", 0.1), ("sinkhorn", 0.02), ("critic", 0.1)]
-    table(page, moved + scaled, counts, others, settings)
+    cases = [
+        Gaussians("moved, d = 0.3", 1, 0.3), Gaussians("moved, d = 1", 1, 1.0),
+        Gaussians("scaled, s = 1.5", 1, std=1.5),
+    ]  # fmt: skip
+    methods = [("exact", 0.05), ("sinkhorn", 0.1), ("sinkhorn", 0.02), ("critic", 0.05)]
+    table(page, cases, counts, methods, settings)
     page.text("## Eight dimensions")
-    high = [Case("W_2^2, moved, d = 1", 2, shift=1.0, dimension=8)]
-    table(
-        page, high, counts[-1:], [("exact", 0.1), ("sinkhorn", 0.5), ("sinkhorn", 0.1)], settings
-    )
-    high = [Case("W_1, moved, d = 1", 1, shift=1.0, dimension=8)]
-    table(page, high, counts[-1:], [("exact", 0.1), ("critic", 0.1)], settings)
+    high = counts[-1:]
+    methods = [("exact", 0.05), ("sinkhorn", 0.5), ("sinkhorn", 0.05)]
+    table(page, [Gaussians("W_2^2, moved, d = 1", 2, 1.0, dimension=8)], high, methods, settings)
+    methods = [("exact", 0.05), ("critic", 0.05)]
+    table(page, [Gaussians("W_1, moved, d = 1", 1, 1.0, dimension=8)], high, methods, settings)
     page.text("## One dimension")
-    line = [Case("W_1, moved, d = 1", 1, shift=1.0, dimension=1)]
-    line += [Case("W_2^2, moved, d = 1", 2, shift=1.0, dimension=1)]
-    line += [Case("W_2^2, scaled, s = 1.5", 2, std=1.5, dimension=1)]
-    table(page, line, counts, [("exact", 0.1)], settings)
+    cases = [
+        Gaussians("W_1, moved, d = 1", 1, 1.0, dimension=1),
+        Gaussians("W_2^2, moved, d = 1", 2, 1.0, dimension=1),
+        Gaussians("W_2^2, scaled, s = 1.5", 2, std=1.5, dimension=1),
+    ]
+    table(page, cases, counts, [("exact", 0.05)], settings)
     large(page, settings)
+    defaults(page)
     page.finish(settings)

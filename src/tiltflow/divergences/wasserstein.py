@@ -46,7 +46,7 @@ class Wasserstein(Functional):
     """The least cost of moving p onto the prior q, W_1 or W_2^2::
 
         D[p] = inf over couplings of E d(X, Y)^power        delta D = f, Kantorovich's potential
-        power 1: |grad f| <= 1                              power 2: grad f = 2 (x - T(x))
+        power 1: |A^-1 grad f| <= 1                         power 2: grad f = 2 A^2 (x - T(x))
 
     with X ~ p, Y ~ q, the ground metric d(x, y) = |A (x - y)| and T the optimal map from p to q
     (methods, sections 3.3 and 3.5). Both are convex in p; W_2 itself, the root, is not. Samples
@@ -64,10 +64,10 @@ class Wasserstein(Functional):
     - ``"auto"``: exact in one dimension, on grids, and for power 1; else sinkhorn. Measured in
       docs/benchmarks/transport.md.
 
-    The standard error is that of the influence functions (f and g) on both banks. The bias of a
-    finite sample, which is positive except for ``"sinkhorn"`` and power 1, is not in it, and
-    decides where p is near q. In more than one dimension banks are thinned to ``max_points``; the
-    error is then that of what is left.
+    The standard error is that of the influence functions (f and g) on both banks. Bias is not in
+    it, and decides where p is near q: that of samples makes the cost too high, that of entropy
+    (structure finer than ``epsilon``) too low. In more than one dimension banks are thinned to
+    ``max_points``; the error is then that of what is left.
 
     Args:
         prior: q; its bank is used.
@@ -85,7 +85,7 @@ class Wasserstein(Functional):
     power: Power = 1
     metric: Sequence[float] | Tensor | None = None
     method: Method = "auto"
-    epsilon: float = 0.1
+    epsilon: float = 0.05
     tolerance: float = 1e-4
     max_points: int = 2000
     critic: Critic | None = None
