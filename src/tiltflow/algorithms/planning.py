@@ -41,8 +41,9 @@ from tiltflow.types import Access, Estimate
 SAME_TILT = 1e-2
 """Two plans whose KL on the bank is below this fraction of their KL to the start are one."""
 
-MAX_THIN = 8
-"""How often a step that makes the bank too thin is tried again at half the rate."""
+MAX_THIN, EDGE = 30, 1.5
+"""How often a step that makes the bank too thin is tried again at half the rate, and up to which
+multiple of the least effective size a bank counts as used up."""
 
 
 @final
@@ -170,7 +171,7 @@ def plan(
 
 @final
 class _WhileCarried(RateRule):
-    """Another rule's steps, up to the first that the bank has to cut short."""
+    """Another rule's steps, shortened where the bank would become too thin."""
 
     def __init__(self, rule: RateRule, floor: float) -> None:
         self.rule, self.floor = rule, floor
@@ -187,10 +188,13 @@ class _WhileCarried(RateRule):
     def retry(self, attempt: Attempt) -> float | None:
         if self.edge and attempt.number == 0:
             return 0.0  # ever smaller steps would lead nowhere
-        if attempt.stats["effective_size"] >= self.floor:
-            return self.rule.retry(attempt)
-        self.edge = True
-        return 0.5 * attempt.rate if attempt.number < MAX_THIN else 0.0
+        if attempt.stats["effective_size"] < self.floor:
+            self.edge = attempt.number >= MAX_THIN
+            return 0.0 if self.edge else 0.5 * attempt.rate
+        smaller = self.rule.retry(attempt)
+        # A first try may be far too long; what counts is where the accepted step ends.
+        self.edge = smaller is None and attempt.stats["effective_size"] < EDGE * self.floor
+        return smaller
 
 
 def plan_and_tune(

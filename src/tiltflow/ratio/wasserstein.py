@@ -50,7 +50,7 @@ class WassersteinCritic:
     penalty: float = 10.0
     hidden: Sequence[int] = (64, 64)
     training: Training = field(
-        default_factory=lambda: Training(num_updates=500, learning_rate=2e-3, betas=(0.5, 0.9))
+        default_factory=lambda: Training(num_updates=2000, learning_rate=2e-3, betas=(0.5, 0.9))
     )
     batch_size: int = 256
     seed: Seed = field(default_factory=lambda: Seed(0).child("wasserstein_critic"))
