@@ -111,7 +111,14 @@ if TYPE_CHECKING:
         NegativeDistance,
         Similarity,
     )
-    from tiltflow.solvers import AdjointMatching, BankSolver, GaussianSolver, GridSolver
+    from tiltflow.solvers import (
+        AdjointMatching,
+        BankSolver,
+        DirectBackprop,
+        GaussianSolver,
+        GridSolver,
+        WeightedMatching,
+    )
     from tiltflow.space import Euclidean, Masked, Space, ZeroMean
     from tiltflow.training import Training
     from tiltflow.types import Access, Cond, Conditions, Estimate
@@ -159,7 +166,8 @@ _HOMES = {
     "seed": "Seed",
     "similarity": "CosineSimilarity GaussianSimilarity InverseMultiquadric LaplaceSimilarity "
     "NegativeDistance Similarity",
-    "solvers": "AdjointMatching BankSolver GaussianSolver GridSolver",
+    "solvers": "AdjointMatching BankSolver DirectBackprop GaussianSolver GridSolver "
+    "WeightedMatching",
     "space": "Euclidean Masked Space ZeroMean",
     "training": "Training",
     "types": "Access Cond Conditions Estimate",
@@ -211,6 +219,7 @@ __all__ = [
     "Density",
     "Deterministic",
     "Differentiable",
+    "DirectBackprop",
     "Empirical",
     "EnergyDistance",
     "EntropicRisk",
@@ -300,6 +309,7 @@ __all__ = [
     "VariancePreserving",
     "Wasserstein",
     "WassersteinCritic",
+    "WeightedMatching",
     "ZeroMean",
     "adapted",
     "calibrated",

@@ -8,14 +8,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, Literal, final
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from tiltflow.algorithms.bundle import Array, Bundle, values_of, weights_of
 from tiltflow.algorithms.rates import Attempt, Fixed, Predict, RateRule
 from tiltflow.context import Context
 from tiltflow.density import Density
 from tiltflow.divergences.kl import KL
-from tiltflow.errors import CapabilityError, ConfigError
+from tiltflow.divergences.two_banks import same_points
+from tiltflow.errors import CapabilityError, ConfigError, NonFiniteError, UnsupportedError
 from tiltflow.functional import (
     Functional,
     FutureDensity,
@@ -123,21 +126,24 @@ def mirror_descent(
         raise ConfigError(f"mirror_descent: form={form!r} must be 'anchored' or 'successive'.")
     p = density(model, _seed(context, 0)) if prior is None else prior
     p = p.at_least(objective.samples_needed)
-    point = _Point(model, p, ZERO)
+    point = _Point(objective, model, p, ZERO)
     loop = _Loop(objective, solver, rule, density, context, conditions, form, step_kl, point)
     loop.check(total)
+    bundle = Bundle(getattr(rule, "memory", 1), objective.curvature in ("linear", "concave"))
     last, rate = Solution(model), None
     for k in range(total):
-        g, new = objective.first_variation(point.p), k >= len(completed)
-        step = loop.solve(k, point, g, rate) if new else loop.accept(k, completed[k], rate)
+        new = k >= len(completed)
+        if new or bundle.size > 1:
+            step = loop.solve(k, point, bundle, rate)
+        else:
+            step = loop.accept(k, point, completed[k], rate)
         if step is None:
             return replace(last, result=Result.CONVERGED)
-        last, rate = step, step.stats["rate"]
-        point = loop.advance(k, point, g, last)
+        last, point = step
+        rate = last.stats["rate"]
         gap = stationarity(objective, point.p) if new or tolerance > 0 else math.nan
         if new:
-            worth = objective_value(objective, point.p)
-            on_iterate(k, Iterate(k, rate, worth, gap, last.stats["step_kl"], last))
+            on_iterate(k, Iterate(k, rate, point.worth, gap, last.stats["step_kl"], last))
         if last.result not in (Result.DONE, Result.CONVERGED):
             break
         if gap < tolerance:
@@ -173,11 +179,70 @@ def objective_value(objective: Functional, p: Density) -> Estimate:
 @final
 @dataclass(frozen=True)
 class _Point(Generic[M]):
-    """An iterate: model, its density, and psi = log p - log p_0 as the loop recorded it."""
+    """An iterate: model, its density, and (anchored) the recorded psi = log p - log p_0."""
 
+    objective: Functional
     model: M
     p: Density
     psi: Potential
+
+    @functools.cached_property
+    def g(self) -> Potential:
+        """delta G[p]."""
+        return self.objective.first_variation(self.p)
+
+    @functools.cached_property
+    def worth(self) -> Estimate:
+        """G[p]."""
+        return objective_value(self.objective, self.p)
+
+
+@final
+@dataclass(frozen=True)
+class _Trial(Generic[M]):
+    """A step that was solved and may still be refused; where it leads is found when asked for."""
+
+    old: _Point[M]
+    solution: Solution[M]
+    find: Callable[[], _Point[M]]
+
+    @functools.cached_property
+    def new(self) -> _Point[M]:
+        return self.find()
+
+    @functools.cached_property
+    def gain(self) -> float:
+        """G[new] - G[old]; minus infinity where the new density is too far away for a value and
+        a first variation."""
+        try:
+            gain = self.new.worth.value - self.old.worth.value
+            if math.isfinite(gain):
+                _ = self.values
+        except (NonFiniteError, UnsupportedError):
+            return -math.inf
+        return gain
+
+    @functools.cached_property
+    def values(self) -> Array:
+        """Of the new first variation on the new bank, (N,); empty where it has none."""
+        known = Access.VALUE in self.new.g.offers
+        return values_of(self.new.g, self.new.p) if known else np.zeros(0)
+
+    @functools.cached_property
+    def error(self) -> float:
+        """By how much the linearisation at the new density is above G[old]; NaN where unknown."""
+        p, q = self.old.p, self.new.p
+        if not (math.isfinite(self.gain) and len(self.values) and same_points(p.bank, q.bank)):
+            return math.nan
+        return self.gain + float((weights_of(p) - weights_of(q)) @ self.values)
+
+    def attempt(self, rate: float, number: int, promise: Callable[[], float]) -> Attempt:
+        """This step as its rate rule sees it."""
+        stats = self.solution.stats
+        return Attempt(
+            rate, stats["step_kl"], number, stats,
+            gain=lambda: self.gain, promise=promise, error=lambda: self.error,
+        )  # fmt: skip
 
 
 @final
@@ -212,33 +277,34 @@ class _Loop(Generic[M]):
         check(self.objective, later, needs, f"{user} (from the second iteration on)")
 
     def solve(
-        self, k: int, point: _Point[M], g: Potential, previous: float | None
-    ) -> Solution[M] | None:
-        """Step k, solved again at smaller rates until the rule accepts it, or ``None``."""
-        g.require(self.solver.needs, type(self.solver).__name__)
-        rate, number = self.rule.propose(k, previous, _predictor(g, point.p)), 0
-        before = functools.cache(lambda: objective_value(self.objective, point.p).value)
+        self, k: int, point: _Point[M], bundle: Bundle, previous: float | None
+    ) -> tuple[Solution[M], _Point[M]] | None:
+        """Step k and where it leads, solved again until the rule accepts it, or ``None``."""
+        point.g.require(self.solver.needs, type(self.solver).__name__)
+        bundle.start(point.g, point.p)
+        rate, number = self.rule.propose(k, previous, _predictor(point.g, point.p)), 0
         while True:
-            solution = self._attempt(k, point, rate * g, number)
-            kl = self._measure(k, point, solution, number)
-            stats = {**solution.stats, "rate": rate, "step_kl": kl}
-            solution = replace(solution, stats=stats)
-            attempt = Attempt(
-                rate, kl, number, stats,
-                gain=functools.partial(self._gain, k, point, g, solution, before),
-                promise=functools.partial(_promise, g, point.p, rate),
-            )  # fmt: skip
-            smaller = self.rule.retry(attempt)
-            if smaller is None:
-                return solution
-            if smaller == 0.0:
-                return None
-            rate, number = smaller, number + 1
+            direction = bundle.direction(point.p, rate, lambda: point.worth.value)
+            trial = self._trial(k, point, direction.g, rate, number)
+            again = self.rule.retry(trial.attempt(rate, number, direction.promise))
+            if again is None:
+                if bundle.planes and math.isfinite(trial.gain):
+                    bundle.move(point.p, trial.new.p, trial.new.g, trial.values, trial.gain)
+                return trial.solution, trial.new
+            if again == 0.0:
+                if not bundle.forget(point.p):
+                    return None
+            elif bundle.planes and (trial.error >= 0 or again == rate):
+                bundle.add(trial.new.g, trial.values, trial.error)
+            rate, number = again or 0.25 * rate, number + 1
 
-    def _gain(
-        self, k: int, point: _Point[M], g: Potential, new: Solution[M], before: Callable[[], float]
-    ) -> float:
-        return objective_value(self.objective, self.advance(k, point, g, new).p).value - before()
+    def _trial(
+        self, k: int, point: _Point[M], g: Potential, rate: float, number: int
+    ) -> _Trial[M]:
+        solution = self._attempt(k, point, rate * g, number)
+        kl = self._measure(k, point, solution, number)
+        solution = replace(solution, stats={**solution.stats, "rate": rate, "step_kl": kl})
+        return _Trial(point, solution, lambda: self.advance(k, point, g, solution))
 
     def _attempt(self, k: int, point: _Point[M], phi: Potential, attempt: int) -> Solution[M]:
         context = self.context.child("iteration", k)
@@ -262,26 +328,28 @@ class _Loop(Generic[M]):
         new, old = self.density(solution.model, seed), self.density(point.model, seed)
         return objective_value(KL(old), new).value
 
-    def accept(self, k: int, solution: Solution[M], previous: float | None) -> Solution[M]:
-        """A step solved in an earlier run, with its rate."""
-        if "rate" in solution.stats:
-            return solution
-        if not isinstance(self.rule, Fixed):
-            raise ConfigError(
-                f"mirror_descent: completed[{k}].stats has no 'rate', which a measured rule "
-                "needs; pass the solutions as on_iterate reported them."
-            )
-        known = {**solution.stats, "rate": self.rule.propose(k, previous, None)}
-        return replace(solution, stats=known)
+    def accept(
+        self, k: int, point: _Point[M], solution: Solution[M], previous: float | None
+    ) -> tuple[Solution[M], _Point[M]]:
+        """A step solved in an earlier run, with its rate, and where it leads."""
+        if "rate" not in solution.stats:
+            if not isinstance(self.rule, Fixed):
+                raise ConfigError(
+                    f"mirror_descent: completed[{k}].stats has no 'rate', which a measured rule "
+                    "needs; pass the solutions as on_iterate reported them."
+                )
+            known = {**solution.stats, "rate": self.rule.propose(k, previous, None)}
+            solution = replace(solution, stats=known)
+        return solution, self.advance(k, point, point.g, solution)
 
     def advance(self, k: int, point: _Point[M], g: Potential, solution: Solution[M]) -> _Point[M]:
         """The iterate after step k."""
-        psi = point.psi + solution.stats["rate"] * g
         p = self.density(solution.model, _seed(self.context, k + 1))
-        p = p.at_least(self.objective.samples_needed)
+        p, psi = p.at_least(self.objective.samples_needed), ZERO
         if self.form == "anchored":
+            psi = point.psi + solution.stats["rate"] * g
             p = p.with_log(self.start.p.log + psi)
-        return _Point(solution.model, p, psi)
+        return _Point(self.objective, solution.model, p, psi)
 
 
 def _seed(context: Context, k: int) -> Seed:
@@ -309,7 +377,8 @@ def _predictor(g: Potential, p: Density) -> Predict | None:
 
     @functools.cache
     def evaluated() -> tuple[Tensor, Tensor]:
-        return _on_bank(g, p)
+        values = influence(g, p)
+        return values, p.bank.weights.double().to(values.device).log()
 
     def predict(rate: float) -> float:
         values, log_weights = evaluated()
@@ -318,21 +387,3 @@ def _predictor(g: Potential, p: Density) -> Predict | None:
         return float(((logits - log_z).exp() * rate * values).sum() - log_z)
 
     return predict
-
-
-def _promise(g: Potential, p: Density, rate: float) -> float:
-    """log E_p[exp(rate g)] / rate - E_p[g], without the cancellation of the two."""
-    if Access.VALUE not in g.offers:
-        return math.nan
-    values, log_weights = _on_bank(g, p)
-    weights = log_weights.exp()
-    u = rate * (values - (weights * values).sum())
-    if float(u.max()) > 1:
-        return float(torch.logsumexp(log_weights + u, 0)) / rate
-    return math.log1p(float((weights * (u.expm1() - u)).sum())) / rate  # E u = 0
-
-
-def _on_bank(g: Potential, p: Density) -> tuple[Tensor, Tensor]:
-    """Values and log-weights on the bank, both (N,)."""
-    values = influence(g, p)
-    return values, p.bank.weights.double().to(values.device).log()

@@ -51,6 +51,14 @@ class Quadrature(Density):
         values = log.value(nodes) if isinstance(log, Potential) else log(nodes)
         return Quadrature(axes, values.reshape([len(a) for a in axes]))
 
+    def tilted(self, psi: Potential) -> Quadrature:
+        """This law times exp(psi), on the same nodes: the very tensor, see ``remembering``."""
+        tilt = psi.value(self.nodes).double().reshape(self.table.shape)
+        other = Quadrature(self.axes, self.table + tilt)
+        other.nodes = self.nodes
+        other._log = GridPotential(self.axes, other.table, self.nodes)
+        return other
+
     @property
     def probabilities(self) -> Tensor:
         """Mass of each node, (N,)."""

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from tiltflow.context import Backend, Context
+from tiltflow.delta import Correction
 from tiltflow.errors import UnsupportedError
 from tiltflow.flow import FlowModel, freeze, unfreeze
 from tiltflow.kernel import Auto
 from tiltflow.potential import Potential
 from tiltflow.sample import Sampler, calibrated, step_kl
 from tiltflow.seed import Seed
-from tiltflow.types import Access, Conditions
+from tiltflow.types import Access, Cond, Conditions, expand_as
 
 
 def require_memoryless(sampler: Sampler, user: str) -> None:
@@ -107,3 +108,35 @@ def evaluated(
         log_weight = (value - ratio).double()
         stats |= {"gap": spread(log_weight), "effective": effective_size(log_weight) / count}
     return stats
+
+
+def endpoint_shift(
+    tuned: FlowModel,
+    reference: FlowModel,
+    x: Tensor,
+    t: Tensor,
+    cond: Cond | None,
+    *,
+    frozen: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """End points of the reference, and the tuned ones minus these, both (B, *event).
+
+    The difference has the gradient of what is trained; unless ``frozen``, both also have that of
+    x. A network that both models share is evaluated once, and a correction that is exactly zero
+    not at all.
+    """
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+        base = reference.frozen_endpoint(x, t, cond)
+        known = None if _is_null(reference) else reference.correction(x, t, cond)
+    beta2 = expand_as(reference.schedule.beta(t), x) ** 2
+    if known is not None:
+        base = base + beta2 * known
+    if tuned.net is not reference.net:
+        return base, tuned.endpoint(x, t, cond) - base
+    own = tuned.correction(x, t, cond)
+    own = torch.zeros_like(x) if own is None else own
+    return base, beta2 * (own if known is None else own - known)
+
+
+def _is_null(model: FlowModel) -> bool:
+    return isinstance(model.delta, Correction) and model.delta.is_null()

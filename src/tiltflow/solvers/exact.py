@@ -37,8 +37,7 @@ class GridSolver:
         """The tilted density; ``init`` is only used to report how far the step went."""
         problem.terminal.require(self.needs, "GridSolver")
         old = problem.reference
-        tilt = problem.terminal.value(old.nodes).double().reshape(old.table.shape)
-        new = Quadrature(old.axes, old.table + tilt)
+        new = old.tilted(problem.terminal)
         start = old if init is None else init
         stats = {"path_kl": _grid_kl(new, old), "step_kl": _grid_kl(new, start)}
         return Solution(new, stats=stats)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import final
 
-from tiltflow.density import Density
+from tiltflow.density import Density, Reweighted
 from tiltflow.errors import CapabilityError
 from tiltflow.functional import Curvature, Functional
 from tiltflow.potential import Combination, Potential
+from tiltflow.ratio import LogRatio
 from tiltflow.types import Access, Estimate
 
 
@@ -33,9 +34,12 @@ class Entropy(Functional):
         """-E_p log p; needs the log-density with its normaliser.
 
         A sum of a log-density and potentials (mirror descent's record of its own tilts) is known
-        up to a constant, and is refused.
+        up to a constant, and is refused; but for the tilts of a bank, which weigh their origin on
+        the same points: there the constant is log E_origin exp(psi).
         """
-        if Access.VALUE not in p.log.offers or isinstance(p.log, Combination):
+        if isinstance(p, Reweighted) and _is_known(p.origin) and isinstance(p.log, Combination):
+            return _tracked(p)
+        if not _is_known(p.log):
             known = "its values up to a constant" if p.log.offers & Access.VALUE else p.log.offers
             raise CapabilityError(
                 f"Entropy.value needs normalised values of log p, but {type(p).__name__} offers "
@@ -48,3 +52,21 @@ class Entropy(Functional):
 
     def first_variation(self, p: Density) -> Potential:
         return -p.log
+
+
+def _is_known(log: Potential) -> bool:
+    """Whether it has values, with their normaliser."""
+    return Access.VALUE in log.offers and not isinstance(log, Combination)
+
+
+def _tracked(p: Reweighted) -> Estimate:
+    """-E_p log p of a tilted bank, with the normaliser that its origin has on the same points."""
+    psi, bank = p.log - p.origin, p.bank
+    origin = p.original(psi)
+    ratio = LogRatio(psi, origin)
+    log = p.log.value(bank.points, bank.cond).double() - ratio.log_normaliser
+    weights, before = bank.weights.double(), origin.bank.weights.double()
+    value = float(-(weights * log).sum())
+    influence = weights * (-log - value) + weights - before
+    error = 0.0 if bank.exact else float(influence.norm())
+    return Estimate(value, error, 0 if bank.exact else len(weights))

@@ -1,0 +1,269 @@
+"""What a line search remembers: earlier first variations, and the best step under all of them.
+
+At a kink of the objective (a quantile between two values, mass that transport may send either way,
+a repeated eigenvalue) no step along one first variation gains anything, although others do. A
+bundle keeps the first variations of refused and of earlier steps, as planes above the objective,
+and steps to the density that is best under the lowest of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias, final
+
+import numpy as np
+import numpy.typing as npt
+
+from tiltflow.density import Density
+from tiltflow.divergences.two_banks import same_points
+from tiltflow.functional import influence
+from tiltflow.potential import ZERO, Potential, combine
+from tiltflow.types import Access
+
+Array: TypeAlias = npt.NDArray[Any]
+
+ROUNDING = 1e-14
+"""Promises below this part of the objective, or of the spread of g, are rounding."""
+
+EXACT = 1e-3
+"""How exactly the shares of planes are found, relative to what the step promises."""
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Plane:
+    """The linearisation q -> G[p] + error + E_q g - E_p g, seen from the current density p.
+
+    Attributes:
+        g: a first variation of G, at some density.
+        values: of g on the bank, (N,).
+        error: by how much the plane is above G at p; not negative where G is concave.
+        share: of g in the last step.
+    """
+
+    g: Potential
+    values: Array
+    error: float = 0.0
+    share: float = 0.0
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Direction:
+    """What a step goes along.
+
+    Attributes:
+        g: a mean of first variations.
+        promise: what the step gains under the lowest plane, 0 where that is rounding; under one
+            plane log E_p[exp(rate g)] / rate - E_p[g]. NaN where g has no values.
+    """
+
+    g: Potential
+    promise: Callable[[], float]
+
+
+@final
+class Bundle:
+    """Planes above G, at most ``size`` of them, seen from the density p that the loop is at.
+
+    A step of a rate maximises the lowest plane less KL(q || p) / rate (Kiwiel, Math. Program. 85,
+    1999). By duality it goes along sum_j a_j g_j with the shares a_j >= 0 of sum one that minimise
+    what the step promises to gain::
+
+        sum_j a_j error_j + log E_p exp(rate sum_j a_j (g_j - E_p g_j)) / rate
+
+    Planes are kept as long as banks weigh the same points.
+
+    Args:
+        size: 1 for plain steps along the first variation, of which no value is needed then.
+        concave: whether G is. If not, a plane may cut into it: it is given up where that shows,
+            and all are before a step is.
+    """
+
+    def __init__(self, size: int, concave: bool) -> None:
+        self.size, self.concave = size, concave
+        self.planes: list[Plane] = []
+        self.current: Potential = ZERO
+        self.stale = False
+        """Whether there are planes from before p was reached."""
+
+    def start(self, g: Potential, p: Density) -> None:
+        """Only the first variation g at p; nothing, where the bundle has been moved there."""
+        if g is self.current:
+            return
+        remembers = self.size > 1 and Access.VALUE in g.offers
+        self.planes = [Plane(g, values_of(g, p), share=1.0)] if remembers else []
+        self.current, self.stale = g, False
+
+    def direction(self, p: Density, rate: float, worth: Callable[[], float]) -> Direction:
+        """The step of this rate from p, where G is ``worth``."""
+        if len(self.planes) < 2:
+            return Direction(self.current, functools.partial(_alone, self.current, p, rate, worth))
+        values = np.stack([plane.values for plane in self.planes])
+        weights = weights_of(p)
+        values = values - (values @ weights)[:, None]
+        errors, start = np.array([(plane.error, plane.share) for plane in self.planes]).T
+        floor = ROUNDING * abs(worth())
+        shares, gain = best_shares(errors, values, weights, rate, start, floor)
+        pairs = zip(self.planes, shares.tolist(), strict=True)
+        self.planes = [replace(plane, share=share) for plane, share in pairs]
+        g = combine(*((plane.share, plane.g) for plane in self.planes if plane.share > 0))
+        promise = _resolved(gain, shares @ values, weights, worth())
+        return Direction(g, lambda: promise)
+
+    def add(self, g: Potential, values: Array, error: float) -> None:
+        """The plane of a refused density, whose bank weighs the same points; see ``Plane``."""
+        if self.planes:
+            self._append(Plane(g, values, max(error, 0.0)))
+
+    def move(self, p: Density, q: Density, g: Potential, values: Array, gain: float) -> None:
+        """From p to q, with the first variation g and its values; G[q] - G[p] = ``gain``."""
+        if not same_points(p.bank, q.bank):
+            return  # ``start`` will begin anew
+        moved = weights_of(q) - weights_of(p)
+        scale = abs(gain) + float(weights_of(q) @ np.abs(values))
+        kept = []
+        for plane in self.planes:
+            error = plane.error + float(moved @ plane.values) - gain
+            if error >= -max(1e-12 * scale, 0.1 * gain):
+                kept.append(replace(plane, error=max(error, 0.0)))
+        self.planes, self.current, self.stale = kept, g, bool(kept)
+        self._append(Plane(g, values))
+
+    def forget(self, p: Density) -> bool:
+        """Give up planes that may be wrong and stand in the way; whether there were any."""
+        if self.concave or not self.stale:
+            return False
+        g, self.current = self.current, ZERO
+        self.start(g, p)
+        return True
+
+    def _append(self, plane: Plane) -> None:
+        """Add a plane; in a full bundle, drop an unused one or merge the two least used."""
+        if len(self.planes) >= self.size:
+            order = sorted(range(len(self.planes)), key=lambda j: self.planes[j].share)
+            least, other = (self.planes[j] for j in order[:2])
+            if least.share > 0:
+                a, b = least.share, other.share
+                t = a / (a + b)
+                self.planes[order[1]] = Plane(
+                    t * least.g + (1 - t) * other.g, t * least.values + (1 - t) * other.values,
+                    t * least.error + (1 - t) * other.error, a + b,
+                )  # fmt: skip
+            del self.planes[order[0]]
+        self.planes.append(plane)
+
+
+def weights_of(p: Density) -> Array:
+    """Weights of the bank, (N,) float64."""
+    out: Array = p.bank.weights.double().cpu().numpy()
+    return out
+
+
+def values_of(g: Potential, p: Density) -> Array:
+    """Values of a first variation on the bank, (N,) float64."""
+    out: Array = influence(g, p).cpu().numpy()
+    return out
+
+
+def _alone(g: Potential, p: Density, rate: float, worth: Callable[[], float]) -> float:
+    """The promise of one plane, without the cancellation of its two terms."""
+    if Access.VALUE not in g.offers:
+        return math.nan
+    values, weights = values_of(g, p), weights_of(p)
+    values = values - weights @ values
+    return _resolved(_log_mean_exp(rate * values, weights)[0] / rate, values, weights, worth())
+
+
+def _resolved(promise: float, values: Array, weights: Array, worth: float) -> float:
+    """The promise, or 0 where it is rounding."""
+    spread = math.sqrt(float(weights @ values**2))
+    return promise if promise > ROUNDING * (abs(worth) + spread) else 0.0
+
+
+def _log_mean_exp(x: Array, weights: Array) -> tuple[float, Array]:
+    """log E exp(x), and the weights of the tilt, (N,)."""
+    x = np.where(weights > 0, x, -np.inf)
+    top = float(x.max())
+    tilted = weights * np.exp(x - top)
+    total = float(tilted.sum())
+    return math.log(total) + top, tilted / total
+
+
+def best_shares(
+    errors: Array, values: Array, weights: Array, rate: float, start: Array, floor: float
+) -> tuple[Array, float]:
+    """Shares a that minimise f(a) = a . errors + log E exp(rate a . values) / rate, and f there.
+
+    Newton's method on the simplex: quadratic models, minimised exactly, and shortened steps.
+
+    Args:
+        errors: (M,).
+        values: (M, N), of mean zero under ``weights`` (N,).
+        weights: see above.
+        rate: see above.
+        start: (M,), not negative.
+        floor: an error of f that does not matter.
+    """
+
+    def f(a: Array) -> tuple[float, Array]:
+        log_mean, tilted = _log_mean_exp(rate * (a @ values), weights)
+        return float(a @ errors) + log_mean / rate, tilted
+
+    a = start / start.sum() if start.sum() > 0 else np.full(len(start), 1 / len(start))
+    value, tilted = f(a)
+    for _ in range(50):
+        means = values @ tilted
+        slope = errors + means
+        if float(slope @ a - slope.min()) <= EXACT * value + floor:
+            break
+        curvature = rate * ((values * tilted) @ values.T - np.outer(means, means))
+        towards = _on_simplex(slope - curvature @ a, curvature, a) - a
+        descent, t = float(slope @ towards), 1.0
+        new, tilted = f(a + towards)
+        while new > value + 1e-4 * t * descent and t > 1e-8:
+            t /= 2
+            new, tilted = f(a + t * towards)
+        if descent >= 0 or t <= 1e-8:
+            break
+        a, value = a + t * towards, new
+    a = np.where(a > 1e-12, a, 0.0)
+    return a / a.sum(), value
+
+
+def _on_simplex(c: Array, matrix: Array, a: Array) -> Array:
+    """argmin of c . a + a . matrix a / 2 over the simplex, by active sets from a feasible a."""
+    # Planes that agree on the bank must not make it singular.
+    matrix = matrix + 1e-12 * (matrix.trace() / len(c) + np.ptp(c) + 1e-300) * np.eye(len(c))
+    free = a > 0
+    for _ in range(10 * len(c)):
+        target = _on_face(c, matrix, free)
+        if (target < 0).any():
+            falling = target < 0
+            reach = np.where(falling, a / np.where(falling, a - target, 1.0), np.inf)
+            first = int(reach.argmin())
+            a = np.clip(a + reach[first] * (target - a), 0.0, None)
+            a[first] = 0.0
+            free[first] = False
+            continue
+        a = target
+        slope = c + matrix @ a
+        lowest = int(slope.argmin())
+        if free[lowest] or slope[lowest] >= slope @ a - 1e-10 * np.abs(slope).max():
+            break
+        free[lowest] = True
+    out: Array = a / a.sum()
+    return out
+
+
+def _on_face(c: Array, matrix: Array, free: Array) -> Array:
+    """The minimum where only ``free`` shares differ from zero, of any sign."""
+    n = int(free.sum())
+    system = np.ones((n + 1, n + 1))
+    system[:n, :n], system[n, n] = matrix[np.ix_(free, free)], 0.0
+    out: Array = np.zeros(len(c))
+    out[free] = np.linalg.solve(system, np.append(-c[free], 1.0))[:n]
+    return out
