@@ -65,12 +65,15 @@ ENTROPY = PLANNED.replace(
 
 
 def test_the_entropy_of_a_model(tmp_path: Path) -> None:
-    """It cannot be planned from scores; with a likelihood it can, and its value is known."""
+    """It cannot be planned from scores; with a likelihood it can, and the plan knows its value.
+
+    The objective is H - 0.2 KL; the pre-trained N(0, 1) has an entropy of 1.419.
+    """
     assert not plan_of(ENTROPY).planned
     plan = plan_of(ENTROPY, likelihood_steps=10)
     assert plan.planned
     report = execute(plan, tmp_path)
-    assert report["iterations"][-1]["objective"]["value"] is not None
+    assert report["iterations"][-1]["stats"]["plan_objective"] > 1.42
     with pytest.raises(CapabilityError, match="Planning on a bank"):
         execute(plan_of(ENTROPY, way="plan"), tmp_path / "scores")
 
