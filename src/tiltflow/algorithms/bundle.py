@@ -12,18 +12,12 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias, final
+from typing import Any, final
 
 import numpy as np
-import numpy.typing as npt
 
-from tiltflow.density import Density
-from tiltflow.divergences.two_banks import same_points
-from tiltflow.functional import influence
+from tiltflow.algorithms.steps import Array, Point, Trial
 from tiltflow.potential import ZERO, Potential, combine
-from tiltflow.types import Access
-
-Array: TypeAlias = npt.NDArray[Any]
 
 ROUNDING = 1e-14
 """Promises below this part of the objective, or of the spread of g, are rounding."""
@@ -75,12 +69,13 @@ class Bundle:
 
         sum_j a_j error_j + log E_p exp(rate sum_j a_j (g_j - E_p g_j)) / rate
 
-    Planes are kept as long as banks weigh the same points.
+    Planes are kept as long as banks weigh the same points. They are those of the part of G that is
+    not convex; the convex part enters by its linearisation at p, below which it cannot fall.
 
     Args:
         size: 1 for plain steps along the first variation, of which no value is needed then.
-        concave: whether G is. If not, a plane may cut into it: it is given up where that shows,
-            and all are before a step is.
+        concave: whether that part of G is concave. If not, a plane may cut into it: it is given
+            up where that shows, and all are before a step is.
     """
 
     def __init__(self, size: int, concave: bool) -> None:
@@ -90,55 +85,57 @@ class Bundle:
         self.stale = False
         """Whether there are planes from before p was reached."""
 
-    def start(self, g: Potential, p: Density) -> None:
-        """Only the first variation g at p; nothing, where the bundle has been moved there."""
-        if g is self.current:
+    def start(self, point: Point[Any]) -> None:
+        """Only the first variation at a point; nothing, where the bundle has been moved there."""
+        if point.bent is self.current:
             return
-        remembers = self.size > 1 and Access.VALUE in g.offers
-        self.planes = [Plane(g, values_of(g, p), share=1.0)] if remembers else []
-        self.current, self.stale = g, False
+        remembers = self.size > 1 and len(point.g_values) > 0
+        self.planes = [Plane(point.bent, point.bent_values, share=1.0)] if remembers else []
+        self.current, self.stale = point.bent, False
 
-    def direction(self, p: Density, rate: float, worth: Callable[[], float]) -> Direction:
-        """The step of this rate from p, where G is ``worth``."""
+    def direction(self, point: Point[Any], rate: float) -> Direction:
+        """The step of this rate from the point that the bundle has been started at or moved to."""
         if len(self.planes) < 2:
-            return Direction(self.current, functools.partial(_alone, self.current, p, rate, worth))
+            return Direction(point.g, functools.partial(_alone, point, rate))
         values = np.stack([plane.values for plane in self.planes])
-        weights = weights_of(p)
-        values = values - (values @ weights)[:, None]
+        values = values + (point.g_values - point.bent_values)
+        values = values - (values @ point.weights)[:, None]
         errors, start = np.array([(plane.error, plane.share) for plane in self.planes]).T
-        floor = ROUNDING * abs(worth())
-        shares, gain = best_shares(errors, values, weights, rate, start, floor)
+        floor = ROUNDING * abs(point.worth.value)
+        shares, gain = best_shares(errors, values, point.weights, rate, start, floor)
         pairs = zip(self.planes, shares.tolist(), strict=True)
         self.planes = [replace(plane, share=share) for plane, share in pairs]
         g = combine(*((plane.share, plane.g) for plane in self.planes if plane.share > 0))
-        promise = _resolved(gain, shares @ values, weights, worth())
-        return Direction(g, lambda: promise)
+        promise = _resolved(gain, shares @ values, point)
+        return Direction(g + point.convex, lambda: promise)
 
-    def add(self, g: Potential, values: Array, error: float) -> None:
-        """The plane of a refused density, whose bank weighs the same points; see ``Plane``."""
-        if self.planes:
-            self._append(Plane(g, values, max(error, 0.0)))
+    def add(self, trial: Trial[Any]) -> None:
+        """The plane of a step that was refused."""
+        if self.planes and not math.isnan(trial.error):
+            new = trial.new
+            self._append(Plane(new.bent, new.bent_values, max(trial.error, 0.0)))
 
-    def move(self, p: Density, q: Density, g: Potential, values: Array, gain: float) -> None:
-        """From p to q, with the first variation g and its values; G[q] - G[p] = ``gain``."""
-        if not same_points(p.bank, q.bank):
+    def move(self, trial: Trial[Any]) -> None:
+        """To where an accepted step leads."""
+        if not self.planes or math.isnan(trial.error):
             return  # ``start`` will begin anew
-        moved = weights_of(q) - weights_of(p)
-        scale = abs(gain) + float(weights_of(q) @ np.abs(values))
+        old, new = trial.old, trial.new
+        moved, gain = new.weights - old.weights, new.bent_worth - old.bent_worth
+        rounding = 1e-12 * (abs(gain) + float(new.weights @ np.abs(new.bent_values)))
         kept = []
         for plane in self.planes:
             error = plane.error + float(moved @ plane.values) - gain
-            if error >= -max(1e-12 * scale, 0.1 * gain):
+            if error >= -rounding:
                 kept.append(replace(plane, error=max(error, 0.0)))
-        self.planes, self.current, self.stale = kept, g, bool(kept)
-        self._append(Plane(g, values))
+        self.planes, self.current, self.stale = kept, new.bent, bool(kept)
+        self._append(Plane(new.bent, new.bent_values))
 
-    def forget(self, p: Density) -> bool:
+    def forget(self, point: Point[Any]) -> bool:
         """Give up planes that may be wrong and stand in the way; whether there were any."""
         if self.concave or not self.stale:
             return False
-        g, self.current = self.current, ZERO
-        self.start(g, p)
+        self.current = ZERO
+        self.start(point)
         return True
 
     def _append(self, plane: Plane) -> None:
@@ -157,31 +154,18 @@ class Bundle:
         self.planes.append(plane)
 
 
-def weights_of(p: Density) -> Array:
-    """Weights of the bank, (N,) float64."""
-    out: Array = p.bank.weights.double().cpu().numpy()
-    return out
-
-
-def values_of(g: Potential, p: Density) -> Array:
-    """Values of a first variation on the bank, (N,) float64."""
-    out: Array = influence(g, p).cpu().numpy()
-    return out
-
-
-def _alone(g: Potential, p: Density, rate: float, worth: Callable[[], float]) -> float:
+def _alone(point: Point[Any], rate: float) -> float:
     """The promise of one plane, without the cancellation of its two terms."""
-    if Access.VALUE not in g.offers:
+    if not len(point.g_values):
         return math.nan
-    values, weights = values_of(g, p), weights_of(p)
-    values = values - weights @ values
-    return _resolved(_log_mean_exp(rate * values, weights)[0] / rate, values, weights, worth())
+    values = point.g_values - point.weights @ point.g_values
+    return _resolved(_log_mean_exp(rate * values, point.weights)[0] / rate, values, point)
 
 
-def _resolved(promise: float, values: Array, weights: Array, worth: float) -> float:
+def _resolved(promise: float, values: Array, point: Point[Any]) -> float:
     """The promise, or 0 where it is rounding."""
-    spread = math.sqrt(float(weights @ values**2))
-    return promise if promise > ROUNDING * (abs(worth) + spread) else 0.0
+    spread = math.sqrt(float(point.weights @ values**2))
+    return promise if promise > ROUNDING * (abs(point.worth.value) + spread) else 0.0
 
 
 def _log_mean_exp(x: Array, weights: Array) -> tuple[float, Array]:

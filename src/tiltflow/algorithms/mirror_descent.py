@@ -8,17 +8,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, Literal, final
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from tiltflow.algorithms.bundle import Array, Bundle, values_of, weights_of
-from tiltflow.algorithms.rates import Attempt, Fixed, Predict, RateRule
+from tiltflow.algorithms.bundle import Bundle
+from tiltflow.algorithms.rates import Fixed, Predict, RateRule
+from tiltflow.algorithms.steps import Goal, Point, Trial, objective_value
 from tiltflow.context import Context
 from tiltflow.density import Density
 from tiltflow.divergences.kl import KL
-from tiltflow.divergences.two_banks import same_points
-from tiltflow.errors import CapabilityError, ConfigError, NonFiniteError, UnsupportedError
+from tiltflow.errors import ConfigError
 from tiltflow.functional import (
     Functional,
     FutureDensity,
@@ -126,10 +125,12 @@ def mirror_descent(
         raise ConfigError(f"mirror_descent: form={form!r} must be 'anchored' or 'successive'.")
     p = density(model, _seed(context, 0)) if prior is None else prior
     p = p.at_least(objective.samples_needed)
-    point = _Point(objective, model, p, ZERO)
-    loop = _Loop(objective, solver, rule, density, context, conditions, form, step_kl, point)
+    memory = getattr(rule, "memory", 1)
+    goal = Goal.of(objective, split=memory > 1)
+    point = Point(goal, model, p, ZERO)
+    loop = _Loop(goal, solver, rule, density, context, conditions, form, step_kl, point)
     loop.check(total)
-    bundle = Bundle(getattr(rule, "memory", 1), objective.curvature in ("linear", "concave"))
+    bundle = Bundle(memory, goal.bent.curvature in ("linear", "concave"))
     last, rate = Solution(model), None
     for k in range(total):
         new = k >= len(completed)
@@ -168,89 +169,12 @@ def stationarity(objective: Functional, p: Density) -> float:
     return spread(total, p) / scale if scale > 0 else 0.0
 
 
-def objective_value(objective: Functional, p: Density) -> Estimate:
-    """G[p], or NaN where the density cannot tell although its first variation is known."""
-    try:
-        return objective.value(p)
-    except CapabilityError:
-        return Estimate(math.nan, math.nan)
-
-
-@final
-@dataclass(frozen=True)
-class _Point(Generic[M]):
-    """An iterate: model, its density, and (anchored) the recorded psi = log p - log p_0."""
-
-    objective: Functional
-    model: M
-    p: Density
-    psi: Potential
-
-    @functools.cached_property
-    def g(self) -> Potential:
-        """delta G[p]."""
-        return self.objective.first_variation(self.p)
-
-    @functools.cached_property
-    def worth(self) -> Estimate:
-        """G[p]."""
-        return objective_value(self.objective, self.p)
-
-
-@final
-@dataclass(frozen=True)
-class _Trial(Generic[M]):
-    """A step that was solved and may still be refused; where it leads is found when asked for."""
-
-    old: _Point[M]
-    solution: Solution[M]
-    find: Callable[[], _Point[M]]
-
-    @functools.cached_property
-    def new(self) -> _Point[M]:
-        return self.find()
-
-    @functools.cached_property
-    def gain(self) -> float:
-        """G[new] - G[old]; minus infinity where the new density is too far away for a value and
-        a first variation."""
-        try:
-            gain = self.new.worth.value - self.old.worth.value
-            if math.isfinite(gain):
-                _ = self.values
-        except (NonFiniteError, UnsupportedError):
-            return -math.inf
-        return gain
-
-    @functools.cached_property
-    def values(self) -> Array:
-        """Of the new first variation on the new bank, (N,); empty where it has none."""
-        known = Access.VALUE in self.new.g.offers
-        return values_of(self.new.g, self.new.p) if known else np.zeros(0)
-
-    @functools.cached_property
-    def error(self) -> float:
-        """By how much the linearisation at the new density is above G[old]; NaN where unknown."""
-        p, q = self.old.p, self.new.p
-        if not (math.isfinite(self.gain) and len(self.values) and same_points(p.bank, q.bank)):
-            return math.nan
-        return self.gain + float((weights_of(p) - weights_of(q)) @ self.values)
-
-    def attempt(self, rate: float, number: int, promise: Callable[[], float]) -> Attempt:
-        """This step as its rate rule sees it."""
-        stats = self.solution.stats
-        return Attempt(
-            rate, stats["step_kl"], number, stats,
-            gain=lambda: self.gain, promise=promise, error=lambda: self.error,
-        )  # fmt: skip
-
-
 @final
 @dataclass(frozen=True)
 class _Loop(Generic[M]):
     """The arguments of ``mirror_descent``, and one method for each part of a step."""
 
-    objective: Functional
+    goal: Goal
     solver: Solver[M]
     rule: RateRule
     density: Callable[[M, Seed], Density]
@@ -258,55 +182,52 @@ class _Loop(Generic[M]):
     conditions: Conditions | None
     form: Form
     step_kl: Callable[[M, M, Seed], float] | None
-    start: _Point[M]
+    start: Point[M]
 
     def check(self, total: int) -> None:
         """Raise unless the solver will get what it needs, at the start and at every iterate."""
         user, needs, p = type(self.solver).__name__, self.solver.needs, self.start.p
-        check(self.objective, p, needs, user)
+        check(self.goal.whole, p, needs, user)
         if total == 1:
             return
-        offered = self.objective.offers_at(p)
+        offered = self.goal.whole.offers_at(p)
         if self.form == "successive" or p.with_log(p.log) is p:
             later: Density = FutureDensity(Promise(p.log.offers))
         else:
             # What psi offers depends on what its own terms offer: shrink until it is stable.
             for _ in range(3):
                 later = FutureDensity(p.log + Promise(offered))
-                offered &= self.objective.offers_at(later)
-        check(self.objective, later, needs, f"{user} (from the second iteration on)")
+                offered &= self.goal.whole.offers_at(later)
+        check(self.goal.whole, later, needs, f"{user} (from the second iteration on)")
 
     def solve(
-        self, k: int, point: _Point[M], bundle: Bundle, previous: float | None
-    ) -> tuple[Solution[M], _Point[M]] | None:
+        self, k: int, point: Point[M], bundle: Bundle, previous: float | None
+    ) -> tuple[Solution[M], Point[M]] | None:
         """Step k and where it leads, solved again until the rule accepts it, or ``None``."""
         point.g.require(self.solver.needs, type(self.solver).__name__)
-        bundle.start(point.g, point.p)
+        bundle.start(point)
         rate, number = self.rule.propose(k, previous, _predictor(point.g, point.p)), 0
         while True:
-            direction = bundle.direction(point.p, rate, lambda: point.worth.value)
+            direction = bundle.direction(point, rate)
             trial = self._trial(k, point, direction.g, rate, number)
             again = self.rule.retry(trial.attempt(rate, number, direction.promise))
             if again is None:
-                if bundle.planes and math.isfinite(trial.gain):
-                    bundle.move(point.p, trial.new.p, trial.new.g, trial.values, trial.gain)
+                bundle.move(trial)
                 return trial.solution, trial.new
             if again == 0.0:
-                if not bundle.forget(point.p):
+                if not bundle.forget(point):
                     return None
-            elif bundle.planes and (trial.error >= 0 or again == rate):
-                bundle.add(trial.new.g, trial.values, trial.error)
+            elif trial.looked_at and (again == rate or trial.error >= 0):
+                bundle.add(trial)
             rate, number = again or 0.25 * rate, number + 1
 
-    def _trial(
-        self, k: int, point: _Point[M], g: Potential, rate: float, number: int
-    ) -> _Trial[M]:
+    def _trial(self, k: int, point: Point[M], g: Potential, rate: float, number: int) -> Trial[M]:
         solution = self._attempt(k, point, rate * g, number)
         kl = self._measure(k, point, solution, number)
         solution = replace(solution, stats={**solution.stats, "rate": rate, "step_kl": kl})
-        return _Trial(point, solution, lambda: self.advance(k, point, g, solution))
+        return Trial(point, solution, lambda: self.advance(k, point, g, solution))
 
-    def _attempt(self, k: int, point: _Point[M], phi: Potential, attempt: int) -> Solution[M]:
+    def _attempt(self, k: int, point: Point[M], phi: Potential, attempt: int) -> Solution[M]:
         context = self.context.child("iteration", k)
         if attempt:  # an address of its own, so that a snapshot belongs to one attempt
             context = context.child("attempt", attempt)
@@ -316,7 +237,7 @@ class _Loop(Generic[M]):
             problem = ControlProblem(self.start.model, point.psi + phi, self.conditions)
         return self.solver.solve(problem, context, init=point.model)
 
-    def _measure(self, k: int, point: _Point[M], solution: Solution[M], attempt: int) -> float:
+    def _measure(self, k: int, point: Point[M], solution: Solution[M], attempt: int) -> float:
         """KL(new || old) of a step, by the best means at hand."""
         seed, stats = self.context.seed.child("iteration", k, "step_kl", attempt), solution.stats
         if self.step_kl is not None:
@@ -329,8 +250,8 @@ class _Loop(Generic[M]):
         return objective_value(KL(old), new).value
 
     def accept(
-        self, k: int, point: _Point[M], solution: Solution[M], previous: float | None
-    ) -> tuple[Solution[M], _Point[M]]:
+        self, k: int, point: Point[M], solution: Solution[M], previous: float | None
+    ) -> tuple[Solution[M], Point[M]]:
         """A step solved in an earlier run, with its rate, and where it leads."""
         if "rate" not in solution.stats:
             if not isinstance(self.rule, Fixed):
@@ -342,14 +263,14 @@ class _Loop(Generic[M]):
             solution = replace(solution, stats=known)
         return solution, self.advance(k, point, point.g, solution)
 
-    def advance(self, k: int, point: _Point[M], g: Potential, solution: Solution[M]) -> _Point[M]:
+    def advance(self, k: int, point: Point[M], g: Potential, solution: Solution[M]) -> Point[M]:
         """The iterate after step k."""
         p = self.density(solution.model, _seed(self.context, k + 1))
-        p, psi = p.at_least(self.objective.samples_needed), ZERO
+        p, psi = p.at_least(self.goal.whole.samples_needed), ZERO
         if self.form == "anchored":
             psi = point.psi + solution.stats["rate"] * g
             p = p.with_log(self.start.p.log + psi)
-        return _Point(self.objective, solution.model, p, psi)
+        return Point(self.goal, solution.model, p, psi)
 
 
 def _seed(context: Context, k: int) -> Seed:

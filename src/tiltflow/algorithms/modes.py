@@ -9,7 +9,7 @@ from typing import Generic, final
 import torch
 from torch import Tensor
 
-from tiltflow.algorithms.mirror_descent import objective_value
+from tiltflow.algorithms.steps import objective_value
 from tiltflow.context import Context
 from tiltflow.density import Density
 from tiltflow.divergences.kl import KL

@@ -10,14 +10,9 @@ from typing import final
 
 import torch
 
-from tiltflow.algorithms.mirror_descent import (
-    Iterate,
-    ignore,
-    mirror_descent,
-    objective_value,
-    stationarity,
-)
+from tiltflow.algorithms.mirror_descent import Iterate, ignore, mirror_descent, stationarity
 from tiltflow.algorithms.rates import Attempt, LineSearch, Predict, RateRule
+from tiltflow.algorithms.steps import objective_value
 from tiltflow.context import Context
 from tiltflow.density import Bank, Density, FlowDensity, Reweighted
 from tiltflow.divergences.kl import KL
@@ -173,7 +168,7 @@ def plan(
 class _WhileCarried(RateRule):
     """Another rule's steps, shortened where the bank would become too thin."""
 
-    def __init__(self, rule: RateRule, floor: float) -> None:
+    def __init__(self, rule: LineSearch, floor: float) -> None:
         self.rule, self.floor = rule, floor
         self.edge = False
         """Whether the bank is as thin as it may be."""
@@ -181,6 +176,11 @@ class _WhileCarried(RateRule):
     @property
     def length(self) -> int | None:
         return self.rule.length
+
+    @property
+    def memory(self) -> int:
+        """How many first variations the loop remembers."""
+        return self.rule.memory
 
     def propose(self, number: int, previous: float | None, predict: Predict | None) -> float:
         return self.rule.propose(number, previous, predict)

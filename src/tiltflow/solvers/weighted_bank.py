@@ -20,6 +20,9 @@ from tiltflow.seed import Seed
 from tiltflow.solvers.common import effective_size
 from tiltflow.types import Cond, Conditions, index_cond
 
+PATHS = 1024
+"""Most paths that are in memory at once."""
+
 
 @final
 @dataclass(frozen=True)
@@ -72,12 +75,14 @@ def draw(
         _require_repeated(sizes, least)
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     half = count if other is None else count // 2
+    # A ratio needs whole paths in memory.
+    size = sampler.batch_size if other is None else min(sampler.batch_size, PATHS)
     for name, model, start, stop in (
         ("reference", reference, 0, half),
         ("other", other or reference, half, count),
     ):
-        for first in range(start, stop, sampler.batch_size):
-            index = torch.arange(first, min(first + sampler.batch_size, stop))
+        for first in range(start, stop, size):
+            index = torch.arange(first, min(first + size, stop))
             part, where = index_cond(cond, index), seed.child(name, first)
             if other is None:
                 ends = sampler.sample(model, len(index), seed=where, cond=part)
