@@ -1,6 +1,9 @@
 """All benchmarks: ``python benchmarks/run.py [--quick] [--only ring hard ...]``.
 
-One thread; process CPU-seconds; each page of docs/benchmarks is printed and written.
+One thread; process CPU-seconds; each page of docs/benchmarks is printed and written. The page
+"utilities" takes most of an hour and "planning" ten minutes; both keep what they have measured in
+benchmarks/.cache and go on from there (results of other settings are not used; remove the file of
+a page to measure anew, after a change of the library).
 """
 
 from __future__ import annotations
@@ -11,7 +14,10 @@ import importlib
 import torch
 from common import Settings
 
-PAGES = ("ring", "hard", "discretisation", "ratios", "transport")
+PAGES = (
+    "ring", "hard", "discretisation", "ratios", "transport", "solvers", "pairs", "planning",
+    "utilities",
+)  # fmt: skip
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from oracles import LEFT_TAIL_OPTIMUM, RIGHT_TAIL_OPTIMUM, grid
+from oracles import LEFT_TAIL_OPTIMUM, RIGHT_TAIL_OPTIMUM, grid, tail_dual
 from tiltflow.algorithms import LineSearch, Planning, mirror_descent, plan, plan_and_tune
 from tiltflow.algorithms.planning import plannable, worth_planning
 from tiltflow.analytic import GaussianMixture, gaussian
@@ -20,7 +20,14 @@ from tiltflow.divergences import KL, ForwardKL
 from tiltflow.errors import CapabilityError, ConfigError, UnsupportedError
 from tiltflow.flow import FlowModel
 from tiltflow.functional import Functional
-from tiltflow.potential import ZERO, BlackBox, Combination, Hinge, remembering
+from tiltflow.potential import (
+    ZERO,
+    BlackBox,
+    Combination,
+    Differentiable,
+    Hinge,
+    remembering,
+)
 from tiltflow.problem import ControlProblem, Result, Solution
 from tiltflow.rewards.points import Linear
 from tiltflow.sample import Sampler
@@ -49,14 +56,18 @@ def bank_of(density: GaussianMixture, count: int = 20_000, seed: int = 0) -> Rew
 
 
 def test_reweighted() -> None:
-    """A tilted bank has softmax weights; tilts do not add up, but are counted from the start."""
+    """A tilted bank has softmax weights, tilts add up, and the start can be had again, even where
+    weights have underflowed."""
     start = bank_of(Q, 50)
     tilted = start.tilted(2 * X)
     x = start.bank.points[:, 0]
     torch.testing.assert_close(tilted.bank.weights, torch.softmax(2 * x, 0))
     again = tilted.tilted(X)
-    torch.testing.assert_close(again.bank.weights, torch.softmax(x, 0))
+    torch.testing.assert_close(again.bank.weights, torch.softmax(3 * x, 0))
     torch.testing.assert_close(tilted.original(2 * X).bank.weights, start.bank.weights)
+    far = tilted.tilted(5000 * X).with_log(X)
+    assert bool((far.bank.weights == 0).any())
+    torch.testing.assert_close(far.original(5002 * X).bank.weights, start.bank.weights)
     assert (tilted.log - start.log).value(start.bank.points) is not None  # psi: the start cancels
 
 
@@ -134,6 +145,24 @@ def test_plan_reaches_the_optimum(utility: Functional, exact: float) -> None:
         found.append(out.objective.value)
     values = torch.tensor(found)
     assert abs(float(values.mean()) - exact) < 4.5 * float(values.std()) / math.sqrt(6) + 1e-4
+
+
+def test_a_poor_local_optimum_is_passed_over() -> None:
+    """LeftCVaR less KL on bimodal rewards: a direct ascent is caught, the plan finds the optimum
+    of the dual search over thresholds."""
+    q = grid(GaussianMixture([[-1.0], [1.2]], [0.6, 0.8], [0.6, 0.4]), -4, 4, 61)
+    reward = Differentiable(lambda x: (1.5 * x[:, 0]).sin() + 0.3 * x[:, 0])
+    objective = LeftCVaR(reward, 0.2) - KL(q)
+    best = tail_dual(q, reward.value(q.nodes), 0.2, "left")
+    direct = mirror_descent(
+        objective, q, GridSolver(), LineSearch(), density=lambda p, seed: p, context=Context(),
+        num_iterations=200,
+    )  # fmt: skip
+    assert objective.value(direct.model).value < best - 0.5
+    planned = plan(
+        objective, Reweighted(q.bank, q.log), Planning(tolerance=0.0, min_effective=0.01), prior=q
+    )
+    assert planned.objective.value == pytest.approx(best, abs=1e-8)
 
 
 def test_the_history_of_steps_collapses() -> None:
@@ -215,6 +244,7 @@ class ExactTuning:
 
     problems: list[ControlProblem[FlowModel]] = field(default_factory=list)
     result: Result = Result.DONE
+    path_kl: float = 9.0  # far enough for every plan here
     needs: ClassVar[Access] = Access.VALUE
 
     def solve(
@@ -224,7 +254,7 @@ class ExactTuning:
         ends = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
         low, high = problem.terminal.value(ends).tolist()
         model = gaussian([0.5 + 0.49 * (high - low)], 0.7).flow(hidden=())
-        return Solution(model, self.result, {"path_kl": 0.0})
+        return Solution(model, self.result, {"path_kl": self.path_kl})
 
 
 def prior_of(**options: Any) -> FlowDensity:
@@ -279,6 +309,18 @@ def test_rounds_are_resumed() -> None:
     )  # fmt: skip
     assert len(solver.problems) == len(kept) - 1
     assert again.stats == whole.stats
+
+
+def test_a_model_that_did_not_move_is_reported() -> None:
+    """Whatever its solver says: a path KL is at least the KL of the samples, so 0 is untouched."""
+    prior, solver = prior_of(), ExactTuning(path_kl=1e-6)
+    objective = RightCVaR(Linear([1.0]), 0.8) - 1.0 * KL(prior)
+    with pytest.warns(RuntimeWarning, match="the training has missed what the plan asks for"):
+        out = plan_and_tune(
+            objective, prior.model, solver, prior=prior, context=Context(Seed(0)),
+            settings=Planning(bank_size=2000),
+        )  # fmt: skip
+    assert out.result is Result.STARVED
 
 
 def test_a_starved_round_is_the_last() -> None:

@@ -168,6 +168,35 @@ def test_too_few_tail_samples() -> None:
 def test_bad_spectra(levels: tuple[float, ...], slopes: tuple[float, ...], match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         SpectralRisk(X, levels, slopes)
+    with pytest.raises(ConfigError, match="width"):
+        SpectralRisk(X, (0.5,), (1.0, 0.0), width=-1.0)
+
+
+@pytest.mark.parametrize("p", [P, weighted()], ids=["grid", "weights"])
+def test_rounded_hinges(p: Density) -> None:
+    """T changes by at most width log 2, the sharp risk is the limit, and F is a mean of its first
+    variation; on samples every one has a gradient."""
+    levels, slopes = (0.2, 0.7), (3.0, 0.5, 1.0)
+    sharp = SpectralRisk(R, levels, slopes)
+    changes = sum(abs(b - a) for a, b in zip(sharp.spectrum, sharp.spectrum[1:], strict=False))
+    for width in (0.5, 0.05, 1e-3, 1e-6):
+        soft = SpectralRisk(R, levels, slopes, width)
+        difference = abs(soft.value(p).value - sharp.value(p).value)
+        assert difference <= changes * width * math.log(2) + 1e-12
+        assert bool((soft.first_variation(p).applied(R.value(p.bank.points))[1] > 0).all())
+    x = torch.linspace(-2, 2, 31, dtype=torch.float64)[:, None]
+    torch.testing.assert_close(
+        soft.first_variation(p).value(x), sharp.first_variation(p).value(x), atol=1e-5, rtol=0.0
+    )
+
+
+def test_what_is_rounded() -> None:
+    """Falling spectra in part of the reward's spread; concave ones stay themselves, as do sums."""
+    risk = LeftCVaR(2 * X, 0.2).rounded(grid(gaussian([0.0], 0.5), -3, 3, 301), 0.3)
+    assert risk.width == pytest.approx(0.3, rel=1e-3)
+    assert (risk.levels, risk.slopes) == ((0.2,), (1.0, 0.0))
+    safe = RightCVaR(X, 0.2) - KL(P) + SpectralRisk(X, (0.5,), (1.0, 2.0))
+    assert safe.rounded(P, 0.3) is safe
 
 
 def test_bad_distortions() -> None:

@@ -214,6 +214,7 @@ FUNCTIONALS: dict[str, Callable[[Potential, Density], Functional]] = {
     "Renyi low": lambda r, prior: Renyi(prior, 0.3),
     "RightCVaR": lambda r, prior: RightCVaR(r, 0.8),
     "SpectralRisk": lambda r, prior: SpectralRisk(r, (0.1, 0.5, 0.8), (2.0, 0.5, 1.0, 4.0)),
+    "SpectralRisk rounded": lambda r, prior: SpectralRisk(r, (0.3, 0.8), (2.0, 0.5, 1.0), 0.4),
     "Wasserstein": lambda r, prior: Wasserstein(prior),
     "Wasserstein square": lambda r, prior: Wasserstein(prior, power=2),
 }

@@ -129,7 +129,7 @@ def design(on: Nodes, criterion: str, ridge: float) -> Value:
         if criterion == "A":
             return -(1 / spectrum).sum()
         if blur:
-            blurred = blur * float(spectrum[0])
+            blurred = blur * float(spectrum.detach()[0])
             least = -blurred * (torch.logsumexp(-spectrum / blurred, 0) - math.log(len(spectrum)))
             return -1 / least
         return -1 / spectrum[0]

@@ -22,6 +22,15 @@ from tiltflow.potential import ZERO, Potential, combine
 ROUNDING = 1e-14
 """Promises below this part of the objective, or of the spread of g, are rounding."""
 
+STUCK = 0.9999
+"""Of the last promise: a refused step that is remembered to so little effect is no kink's."""
+
+SMALL = 1e-2
+"""Below this, exponentials are 1 and something."""
+
+STEEP = 1e8
+"""Planes that are higher at p than this times the promise cannot be told from walls: left out."""
+
 EXACT = 1e-3
 """How exactly the shares of planes are found, relative to what the step promises."""
 
@@ -53,10 +62,12 @@ class Direction:
         g: a mean of first variations.
         promise: what the step gains under the lowest plane, 0 where that is rounding; under one
             plane log E_p[exp(rate g)] / rate - E_p[g]. NaN where g has no values.
+        stuck: whether the plane of the last refused step, of this rate, hardly changed it.
     """
 
     g: Potential
     promise: Callable[[], float]
+    stuck: bool = False
 
 
 @final
@@ -84,6 +95,8 @@ class Bundle:
         self.current: Potential = ZERO
         self.stale = False
         """Whether there are planes from before p was reached."""
+        self.last = (0.0, math.inf)
+        """Rate and promise of the last step from p."""
 
     def start(self, point: Point[Any]) -> None:
         """Only the first variation at a point; nothing, where the bundle has been moved there."""
@@ -95,6 +108,9 @@ class Bundle:
 
     def direction(self, point: Point[Any], rate: float) -> Direction:
         """The step of this rate from the point that the bundle has been started at or moved to."""
+        if len(self.planes) > 1:
+            highest = STEEP * _alone(point, rate)
+            self.planes = [plane for plane in self.planes if plane.error <= highest]
         if len(self.planes) < 2:
             return Direction(point.g, functools.partial(_alone, point, rate))
         values = np.stack([plane.values for plane in self.planes])
@@ -107,7 +123,9 @@ class Bundle:
         self.planes = [replace(plane, share=share) for plane, share in pairs]
         g = combine(*((plane.share, plane.g) for plane in self.planes if plane.share > 0))
         promise = _resolved(gain, shares @ values, point)
-        return Direction(g + point.convex, lambda: promise)
+        stuck = rate == self.last[0] and promise > STUCK * self.last[1]
+        self.last = (rate, promise)
+        return Direction(g + point.convex, lambda: promise, stuck)
 
     def add(self, trial: Trial[Any]) -> None:
         """The plane of a step that was refused."""
@@ -117,6 +135,7 @@ class Bundle:
 
     def move(self, trial: Trial[Any]) -> None:
         """To where an accepted step leads."""
+        self.last = (0.0, math.inf)
         if not self.planes or math.isnan(trial.error):
             return  # ``start`` will begin anew
         old, new = trial.old, trial.new
@@ -174,6 +193,8 @@ def _log_mean_exp(x: Array, weights: Array) -> tuple[float, Array]:
     top = float(x.max())
     tilted = weights * np.exp(x - top)
     total = float(tilted.sum())
+    if top < SMALL:  # log E exp(x) is of second order in x, and its terms cancel
+        return math.log1p(float(weights @ np.expm1(np.where(weights > 0, x, 0.0)))), tilted / total
     return math.log(total) + top, tilted / total
 
 
@@ -245,9 +266,10 @@ def _on_simplex(c: Array, matrix: Array, a: Array) -> Array:
 
 def _on_face(c: Array, matrix: Array, free: Array) -> Array:
     """The minimum where only ``free`` shares differ from zero, of any sign."""
-    n = int(free.sum())
+    n, scale = int(free.sum()), float(matrix[free, free].max())
     system = np.ones((n + 1, n + 1))
-    system[:n, :n], system[n, n] = matrix[np.ix_(free, free)], 0.0
+    system[:n, :n], system[n, n] = matrix[np.ix_(free, free)] / scale, 0.0
     out: Array = np.zeros(len(c))
-    out[free] = np.linalg.solve(system, np.append(-c[free], 1.0))[:n]
+    # Least squares, as the system may be singular to rounding.
+    out[free] = np.linalg.lstsq(system, np.append(-c[free] / scale, 1.0), rcond=1e-15)[0][:n]
     return out

@@ -210,7 +210,9 @@ class _Loop(Generic[M]):
         while True:
             direction = bundle.direction(point, rate)
             trial = self._trial(k, point, direction.g, rate, number)
-            again = self.rule.retry(trial.attempt(rate, number, direction.promise))
+            again = self.rule.retry(
+                trial.attempt(rate, number, direction.promise, direction.stuck)
+            )
             if again is None:
                 bundle.move(trial)
                 return trial.solution, trial.new

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import final
@@ -33,8 +34,15 @@ from tiltflow.seed import Seed
 from tiltflow.solvers.bank import BankSolver, weights_kl
 from tiltflow.types import Access, Estimate
 
+ROUNDINGS = (0.3, 0.03, 0.003)
+"""Widths over which kinks are rounded, one after the other, where an ascent may be caught."""
+
 SAME_TILT = 1e-2
 """Two plans whose KL on the bank is below this fraction of their KL to the start are one."""
+
+SMALL_PLAN, MISSED = 1e-3, 0.01
+"""A tuned model whose path KL is below this fraction of the KL of its plan (in nats, of at least
+so many) did not learn, whatever its solver says."""
 
 MAX_THIN, EDGE = 30, 1.5
 """How often a step that makes the bank too thin is tried again at half the rate, and up to which
@@ -126,8 +134,10 @@ def plan(
 ) -> Planned:
     """Mirror descent on a bank of samples, to the optimum or as far as the bank carries.
 
-    Steps are as long as the objective allows (``LineSearch``). With ``- weight * KL(prior)`` in
-    the objective, the history of steps then collapses: at the optimum
+    Steps are as long as the objective allows (``LineSearch``). Where it is not concave, a second
+    ascent goes by way of its rounded forms (``Functional.rounded``), wide ones first, and the
+    better end counts: a left tail has many local optima, of which these pass over most. With
+    ``- weight * KL(prior)`` in the objective, the history of steps then collapses: at the optimum
     psi = delta(G + weight KL)[p] / weight, one first variation, which is returned where it gives
     the same weights. Otherwise psi is the sum of all steps.
 
@@ -140,28 +150,59 @@ def plan(
     """
     settings, context = settings or Planning(), context or Context()
     anchor = (prior or start).log
-    iterates: list[Iterate[Reweighted]] = []
-    floor = settings.min_effective * len(start.bank.weights)
     with remembering(start.bank.points):
-        g = objective.first_variation(start)
-        rate = 1 / max(spread(influence(g, start), start), 1e-12)
-        cap = _inverse_weight(objective, anchor)
-        rule = _WhileCarried(LineSearch(initial=min(rate, cap), max_rate=cap), floor)
-        mirror_descent(
-            objective, start, BankSolver(), rule, density=lambda p, seed: p, context=context,
-            prior=start, num_iterations=settings.max_iterations, tolerance=settings.tolerance,
-            on_iterate=lambda k, iterate: iterates.append(iterate),
-        )  # fmt: skip
-        p = iterates[-1].solution.model if iterates else start
+        ends = [_ascent(objective, start, start, settings, context, anchor)]
+        smooth = [objective.rounded(start, part) for part in ROUNDINGS]
+        if smooth[0] is not objective:
+            end = _Ascent(start, 0, False)
+            for g in (*smooth, objective):
+                end = end.then(_ascent(g, start, end.p, settings, context, anchor))
+            ends.append(end)
+        best = max(ends, key=lambda end: objective_value(objective, end.p).value)
+        p = best.p
         psi = ZERO if p is start else p.log - start.log
         single = None if p is start else _collapsed(objective, start, p, psi, anchor)
         psi = psi if single is None else single
         p = start.tilted(psi)
         gap = stationarity(objective, p)
         return Planned(
-            psi, p, objective_value(objective, p), gap, len(iterates),
-            weights_kl(p.bank, start.bank), rule.edge and not gap < settings.tolerance,
+            psi, p, objective_value(objective, p), gap, best.iterations,
+            weights_kl(p.bank, start.bank), best.edge and not gap < settings.tolerance,
         )  # fmt: skip
+
+
+@final
+@dataclass(frozen=True)
+class _Ascent:
+    """Where one mirror descent went: the density, steps taken, and whether the bank ended it."""
+
+    p: Reweighted
+    iterations: int
+    edge: bool
+
+    def then(self, later: _Ascent) -> _Ascent:
+        """This one and a later one that started at its end."""
+        return replace(later, iterations=self.iterations + later.iterations)
+
+
+def _ascent(
+    objective: Functional, start: Reweighted, p: Reweighted, settings: Planning, context: Context,
+    anchor: Potential,
+) -> _Ascent:  # fmt: skip
+    """Mirror descent from p, a tilt of ``start``."""
+    iterates: list[Iterate[Reweighted]] = []
+    rate = 1 / max(spread(influence(objective.first_variation(p), p), p), 1e-12)
+    cap = _inverse_weight(objective, anchor)
+    floor = settings.min_effective * len(start.bank.weights)
+    rule = _WhileCarried(LineSearch(initial=min(rate, cap), max_rate=cap), floor)
+    mirror_descent(
+        objective, p, BankSolver(), rule, density=lambda p, seed: p, context=context, prior=p,
+        num_iterations=settings.max_iterations, tolerance=settings.tolerance,
+        on_iterate=lambda k, iterate: iterates.append(iterate),
+    )  # fmt: skip
+    end = iterates[-1].solution.model if iterates else p
+    thin = end.bank.effective_size < EDGE * floor
+    return _Ascent(end, len(iterates), rule.edge or (thin and end is not start))
 
 
 @final
@@ -300,7 +341,17 @@ class _Job:
             "plan_effective_size": planned.p.bank.effective_size,
             "plan_exhausted": float(planned.exhausted),
         }  # fmt: skip
-        return replace(solution, stats=stats)
+        result = solution.result
+        if r == 0 and _untouched(stats.get("path_kl", math.nan), planned.kl):
+            result = Result.STARVED
+            warnings.warn(
+                f"plan_and_tune: the plan is {planned.kl:.3g} nats from the start, but the tuned "
+                f"model only {stats['path_kl']:.2g}: the training has missed what the plan asks "
+                "for, probably because its roll-outs hardly ever see it. Give the solver more "
+                "trajectories or updates, or raise the weight of the divergence.",
+                RuntimeWarning, stacklevel=3,
+            )  # fmt: skip
+        return replace(solution, result=result, stats=stats)
 
     def iterate(self, r: int, psi: Potential, last: Solution[FlowModel]) -> Iterate[FlowModel]:
         """What is known of the tuned model."""
@@ -311,6 +362,11 @@ class _Job:
         worth = objective_value(self.objective, p)
         gap = stationarity(self.objective, p)
         return Iterate(r, math.nan, worth, gap, last.stats["step_kl"], last)
+
+
+def _untouched(path_kl: float, planned: float) -> bool:
+    """Whether a model stayed where it was: its path KL is at least the KL of its samples."""
+    return planned > SMALL_PLAN and path_kl < MISSED * planned
 
 
 def _like(prior: FlowDensity, model: FlowModel, seed: Seed) -> FlowDensity:

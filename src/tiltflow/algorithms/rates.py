@@ -9,6 +9,9 @@ from typing import Protocol, final
 
 from tiltflow.errors import ConfigError, UnsupportedError
 
+FAR = 3.0
+"""Multiple of the promise up to which the error of a linearisation is that of a kink."""
+
 Predict = Callable[[float], float]
 """rate -> KL(exact tilt at that rate || current density), increasing in the rate."""
 
@@ -27,8 +30,9 @@ class Attempt:
         promise: what the linearised step promises to gain at least where G is smooth enough,
             log E_old[exp(rate g)] / rate - E_old[g] >= 0; 0 where it is rounding, NaN where g has
             no values.
-        error: by how much the linearisation at the new density is above G[old]; small for its
-            size at a kink between the two, not negative where G is concave.
+        error: by how much the linearisation at the new density is above G[old]: of the size of
+            the promise, if there is a kink between the two, and not negative where G is concave.
+            NaN where it is not known, and where to remember the last attempt changed nothing.
     """
 
     rate: float
@@ -227,7 +231,7 @@ class LineSearch:
         if missing <= 0:
             return None
         # Remembered, with an error of at least 0, the refused step changes the next one.
-        at_kink = self.memory > 1 and -0.1 * missing < attempt.error() <= promise
+        at_kink = self.memory > 1 and -0.1 * missing < attempt.error() <= FAR * promise
         rate = attempt.rate if at_kink else 0.25 * attempt.rate
         return rate if attempt.number < self.max_retries else 0.0
 

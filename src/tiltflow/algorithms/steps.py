@@ -165,10 +165,13 @@ class Trial(Generic[M]):
         gain = new.bent_worth - old.bent_worth
         return gain - float((new.weights - old.weights) @ new.bent_values)
 
-    def attempt(self, rate: float, number: int, promise: Callable[[], float]) -> Attempt:
-        """This step as its rate rule sees it."""
+    def attempt(
+        self, rate: float, number: int, promise: Callable[[], float], stuck: bool
+    ) -> Attempt:
+        """This step as its rate rule sees it; see ``Attempt.error`` for ``stuck``."""
         stats = self.solution.stats
+        error = (lambda: math.nan) if stuck else (lambda: self.error)
         return Attempt(
             rate, stats["step_kl"], number, stats,
-            gain=lambda: self.gain, promise=promise, error=lambda: self.error,
+            gain=lambda: self.gain, promise=promise, error=error,
         )  # fmt: skip

@@ -12,7 +12,7 @@ from torch import Tensor
 from tiltflow.density.base import Bank, Density, UnknownLog
 from tiltflow.errors import ConfigError
 from tiltflow.flow import FlowModel
-from tiltflow.potential import Potential
+from tiltflow.potential import ZERO, Potential
 from tiltflow.sample import Sampler
 from tiltflow.seed import Seed
 from tiltflow.types import Access, Cond, Conditions
@@ -75,7 +75,8 @@ class Reweighted(Density):
         origin: Potential | None = None,
     ) -> None:
         self.base, self._law, self.origin = bank, log, log if origin is None else origin
-        self._log = log if psi is None else log + psi
+        self._psi = ZERO if psi is None else psi
+        self._log = log + self._psi
         self._bank = bank
         if psi is not None:
             logits = bank.weights.log() + psi.value(bank.points, bank.cond).to(bank.weights)
@@ -90,19 +91,20 @@ class Reweighted(Density):
         return self._log
 
     def tilted(self, psi: Potential) -> Reweighted:
-        """This law times exp(psi), with every earlier tilt forgotten."""
-        return Reweighted(self.base, self._law, psi, self.origin)
+        """This law times exp(psi); a tilt of a tilt is one tilt, by the sum."""
+        return Reweighted(self.base, self._law, self._psi + psi, self.origin)
 
     def original(self, psi: Potential) -> Reweighted:
         """The law of ``origin``, of which this is the tilt by psi, on the same points."""
-        logits = self._bank.weights.log() - psi.value(self._bank.points, self._bank.cond)
-        weights = torch.softmax(logits.to(self._bank.weights), 0)
+        # From the weights before the tilt: those after it may have underflowed.
+        rest = (self._psi - psi).value(self.base.points, self.base.cond)
+        weights = torch.softmax(self.base.weights.log() + rest.to(self.base.weights), 0)
         exact = self._bank.exact
         return Reweighted(Bank(self._bank.points, weights, self._bank.cond, exact), self.origin)
 
     def with_log(self, log: Potential) -> Reweighted:
         other = Reweighted(self.base, self._law, origin=self.origin)
-        other._bank, other._log = self._bank, log
+        other._bank, other._psi, other._log = self._bank, self._psi, log
         return other
 
 

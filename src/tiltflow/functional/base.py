@@ -72,6 +72,16 @@ class Functional(abc.ABC):
         """
         return self.offers(p.log.offers)
 
+    def rounded(self, p: Density, part: float) -> Functional:
+        """The same with those kinks rounded at which an ascent may be caught; itself where there
+        are none, as in all functionals that are concave.
+
+        Args:
+            p: a density.
+            part: over which part of a reward's standard deviation under ``p``.
+        """
+        return self
+
     def value_influence(self, p: Density) -> Tensor:
         """How ``value`` moves with each sample of the bank of ``p``, (N,) float64, up to a
         constant.
@@ -179,6 +189,12 @@ class Combined(Functional):
         else:
             variance = sum((c * part.standard_error) ** 2 for c, part in parts)
         return Estimate(total, math.sqrt(variance), count)
+
+    def rounded(self, p: Density, part: float) -> Combined:
+        """Terms with positive coefficients are."""
+        terms = [(c, term.rounded(p, part) if c > 0 else term) for c, term in self.terms]
+        same = all(a is b for (_, a), (_, b) in zip(terms, self.terms, strict=True))
+        return self if same else Combined(terms)
 
     def first_variation(self, p: Density) -> Potential:
         total = ZERO

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import abc
+import functools
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -157,11 +159,22 @@ class _Memory:
 
     points: Tensor
     known: dict[int, tuple[Potential, Tensor]] = field(default_factory=dict)
+    sums: deque[tuple[Combination, Tensor]] = field(default_factory=lambda: deque(maxlen=16))
+    """Of the last combinations: a sum of steps grows by a term at a time."""
 
     def value(self, potential: Potential, cond: Cond | None) -> Tensor:
         if id(potential) not in self.known:
             self.known[id(potential)] = potential, potential._valued(self.points, cond)
         return self.known[id(potential)][1]
+
+    def begun(self, whole: Combination) -> tuple[int, Tensor | None]:
+        """How many of the first terms have been summed before, and their sum."""
+        fitting = (
+            (len(old.key), total)
+            for old, total in self.sums
+            if whole.key[: len(old.key)] == old.key
+        )
+        return max(fitting, key=lambda known: known[0], default=(0, None))
 
 
 _MEMORY: ContextVar[_Memory | None] = ContextVar("memory", default=None)
@@ -188,8 +201,17 @@ class Combination(Potential):
 
     terms: tuple[tuple[float, Potential], ...]
 
+    @functools.cached_property
+    def key(self) -> tuple[tuple[float, int], ...]:
+        """Coefficients and identities of the terms."""
+        return tuple((c, id(term)) for c, term in self.terms)
+
     @property
     def offers(self) -> Access:
+        return self._offers
+
+    @functools.cached_property
+    def _offers(self) -> Access:
         offered = Access.BOTH
         for _, term in self.terms:
             offered &= term.offers
@@ -210,9 +232,15 @@ class Combination(Potential):
         return False
 
     def _value(self, x: Tensor, cond: Cond | None) -> Tensor:
-        total, value_of = x.new_zeros(x.shape[0]), _once(lambda source: source.value(x, cond))
-        for scale, term in self.terms:
+        memory, value_of = _MEMORY.get(), _once(lambda source: source.value(x, cond))
+        if memory is not None and x is not memory.points:
+            memory = None
+        done, known = (0, None) if memory is None else memory.begun(self)
+        total = x.new_zeros(x.shape[0]) if known is None else known
+        for scale, term in self.terms[done:]:
             total = total + scale * term.of_value(value_of(term.source))
+        if memory is not None:
+            memory.sums.append((self, total))
         return total
 
     def _grad(self, x: Tensor, cond: Cond | None) -> Tensor:

@@ -33,7 +33,8 @@ from tiltflow.training import Training, optimise
 from tiltflow.types import Access, Cond, Conditions
 
 STARVED = 10
-"""So many roll-outs without any reward gradient end in a warning, and in ``Result.STARVED``."""
+"""So many more roll-outs without any reward gradient than with one end in a warning, and at the
+end in ``Result.STARVED``."""
 
 ENOUGH_ACTIVE, MOST_OVERSAMPLED = 0.1, 16
 """Where a smaller fraction of a roll-out feels a hinge, more is simulated, at most 16 times."""
@@ -261,7 +262,7 @@ class _Matching:
         self.batches: list[Points] = []
         self.stats: dict[str, float] = {}
         self.activity = math.nan
-        self.starved, self.gaps = 0, torch.full((10,), math.inf)
+        self.starved, self.warned, self.gaps = 0, False, torch.full((10,), math.inf)
 
     # --- the protocol of training.optimise -------------------------------------------------------
 
@@ -374,12 +375,14 @@ class _Matching:
         # Oversampling is for hinges, which can tell before any gradient is taken.
         before = active if math.isnan(self.activity) else self.activity
         self.activity = 0.8 * before + 0.2 * active if self.terminal.sparse else 1.0
-        self.starved = self.starved + 1 if active == 0 else 0
-        if self.starved == STARVED:
+        # A rare hit teaches nothing, so that it does not wipe out the misses before it.
+        self.starved = self.starved + 1 if active == 0 else max(0, self.starved - 1)
+        if self.starved >= STARVED and not self.warned:
+            self.warned = True
             warnings.warn(
-                f"AdjointMatching: no sample of the last {STARVED} roll-outs had a reward "
-                "gradient, so the model does not learn. Lower the level of the tail, raise the "
-                "rate in smaller steps, or raise `oversample` or `num_trajectories`.",
+                f"AdjointMatching: no sample of the last {STARVED} roll-outs (or of most) "
+                "had a reward gradient, so the model does not learn. Lower the level of the tail, "
+                "raise the rate in smaller steps, or raise `oversample` or `num_trajectories`.",
                 RuntimeWarning, stacklevel=2,
             )  # fmt: skip
 

@@ -45,6 +45,7 @@ class BankSolver:
 
 def weights_kl(new: Bank, old: Bank) -> float:
     """KL between two weightings of the same points, in nats."""
-    p, q = new.weights.double(), old.weights.double()
+    # A weight that has underflowed is not zero.
+    p, q = new.weights.double(), old.weights.double().clamp(min=1e-300)
     ratio: Tensor = (p / q).log()[p > 0]
     return float((p[p > 0] * ratio).sum())

@@ -3,43 +3,16 @@
 from __future__ import annotations
 
 import abc
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
-from tiltflow.density import Bank, Density
+from tiltflow.density import Density
 from tiltflow.errors import ConfigError
 from tiltflow.functional import Curvature, Functional, error_of, influence
 from tiltflow.potential import Hinge, Potential, offers_through_values
 from tiltflow.types import Access, Estimate
-
-FEWEST_TAIL_SAMPLES = 10
-"""Below this many effective samples in the tail, its threshold is noise."""
-
-GOOD_TAIL_SAMPLES = 100
-"""So many samples in the tail make a threshold good to a few percent (methods, section 3.7)."""
-
-
-def samples_for_tail(mass: float) -> int:
-    """Bank size with which the threshold of a tail of probability ``mass`` is good."""
-    return math.ceil(GOOD_TAIL_SAMPLES / mass)
-
-
-def require_tail(user: object, mass: float, bank: Bank) -> None:
-    """Raise ``ConfigError`` if fewer than 10 effective samples of the bank lie in a tail.
-
-    Args:
-        user: who needs the tail, for the message.
-        mass: probability of the tail.
-        bank: the samples; quadrature nodes are always enough.
-    """
-    in_tail = mass * bank.effective_size
-    if not bank.exact and in_tail < FEWEST_TAIL_SAMPLES * (1 - 1e-9):
-        raise ConfigError(
-            f"{user}: the bank has {bank.effective_size:.0f} effective samples, so that "
-            f"{in_tail:.1f} are in the tail; at least {FEWEST_TAIL_SAMPLES} are needed. "
-            f"Draw num_samples >= {GOOD_TAIL_SAMPLES / mass:.0f}, or choose a less extreme level."
-        )
+from tiltflow.utilities.spectral_risk import SpectralRisk
+from tiltflow.utilities.tails import require_tail, samples_for_tail
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,6 +101,9 @@ class LeftCVaR(_Tail):
     @property
     def mass(self) -> float:
         return self.level
+
+    def rounded(self, p: Density, part: float) -> SpectralRisk:
+        return SpectralRisk(self.reward, (self.level,), (1.0, 0.0)).rounded(p, part)
 
 
 @final

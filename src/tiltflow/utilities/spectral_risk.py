@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import NormalDist
 from typing import final
@@ -15,10 +15,10 @@ from torch import Tensor
 
 from tiltflow.density import Density
 from tiltflow.errors import ConfigError
-from tiltflow.functional import Curvature, Functional, per_density
+from tiltflow.functional import Curvature, Functional, influence, per_density, spread
 from tiltflow.potential import OfReward, Potential, offers_through_values
 from tiltflow.types import Access, Cond, Estimate
-from tiltflow.utilities.cvar import require_tail, samples_for_tail
+from tiltflow.utilities.tails import require_tail, samples_for_tail
 
 
 @final
@@ -62,6 +62,38 @@ class PiecewiseLinear(OfReward):
 
 @final
 @dataclass(frozen=True, eq=False)
+class RoundedLinear(OfReward):
+    """A sum of a line and of rounded hinges, f(r) = height + slope r + sum_i d_i h(r - y_i) with
+    h(z) = w log(1 + exp(z / w)), which is z_+ as w -> 0.
+
+    Args:
+        reward: r; its value is needed, for the gradient too.
+        knots, changes: y_i and d_i, (m,).
+        slope, height: of the line.
+        width: w.
+    """
+
+    reward: Potential
+    knots: Tensor
+    changes: Tensor
+    slope: float
+    height: float
+    width: float
+
+    def applied(self, r: Tensor) -> tuple[Tensor, Tensor]:
+        value, slope = self.height + self.slope * r, torch.full_like(r, self.slope)
+        for knot, change in zip(self.knots.tolist(), self.changes.tolist(), strict=True):
+            z = (r - knot) / self.width
+            value = value + change * self.width * torch.nn.functional.softplus(z)
+            slope = slope + change * z.sigmoid()
+        return value, slope
+
+    def __str__(self) -> str:
+        return f"RoundedLinear({self.reward}, {len(self.knots)} hinges)"
+
+
+@final
+@dataclass(frozen=True, eq=False)
 class SpectralRisk(Functional):
     """Mean of the quantiles of a reward under a weight on their levels, the spectrum s::
 
@@ -78,15 +110,21 @@ class SpectralRisk(Functional):
     Concave in p where the spectrum increases (the best samples weigh most), convex where it
     decreases, so that mirror descent then finds a local optimum.
 
+    With a ``width`` w > 0 every hinge is rounded, z_+ -> w log(1 + exp(z / w)), and its level is
+    soft: q_u solves E sigmoid((r - q_u) / w) = 1 - u. Then T changes by at most w log 2, and every
+    sample has a gradient. ``plan`` narrows the width by and by to pass over poor local optima.
+
     Args:
         reward: r; needs a value.
         levels: 0 < l_1 < ... < l_m < 1, at least one.
         slopes: s_0, ..., s_m, not negative, not all zero; scaled here so that s integrates to 1.
+        width: w, in units of the reward; 0 for sharp levels.
     """
 
     reward: Potential
     levels: tuple[float, ...]
     slopes: tuple[float, ...]
+    width: float = 0.0
 
     def __post_init__(self) -> None:
         bounds = (0.0, *self.levels, 1.0)
@@ -104,6 +142,8 @@ class SpectralRisk(Functional):
             raise ConfigError(
                 f"SpectralRisk: slopes={self.slopes!r} must not be negative and not all zero."
             )
+        if not 0 <= self.width < math.inf:
+            raise ConfigError(f"SpectralRisk: width={self.width!r} must be 0 or positive.")
 
     @staticmethod
     def wang(reward: Potential, shift: float, pieces: int = 32) -> SpectralRisk:
@@ -179,9 +219,14 @@ class SpectralRisk(Functional):
         variation = self.first_variation(p)
         return p.estimate(lambda x, c: variation.of_value(self.reward.value(x, c).double()))
 
+    def rounded(self, p: Density, part: float) -> SpectralRisk:
+        if self.curvature in ("linear", "concave"):
+            return self
+        return replace(self, width=part * spread(influence(self.reward, p), p))
+
     @per_density
-    def first_variation(self, p: Density) -> PiecewiseLinear:
-        """The piecewise linear function at the plug-in quantiles of ``p``, frozen; its mean is F.
+    def first_variation(self, p: Density) -> PiecewiseLinear | RoundedLinear:
+        """The function of r at the plug-in quantiles of ``p``, frozen; its mean is F.
 
         Raises:
             ConfigError: if fewer than 10 effective samples of the bank lie in ``tail``.
@@ -190,6 +235,8 @@ class SpectralRisk(Functional):
         if self.tail < 1:
             require_tail(self, self.tail, p.bank)
         values = self.reward.value(p.bank.points, p.bank.cond).double()
+        if self.width > 0:
+            return self._rounded(values, p.bank.weights.double().to(values.device))
         knots = torch.stack([p.quantile(lambda x, c: values, u) for u in self.levels])
         slopes = torch.tensor(self.spectrum, dtype=torch.float64, device=knots.device)
         # F = s_0 E r + sum_i (s_i - s_{i-1}) T(l_i), less E of the hinges: the value at q(l_1).
@@ -197,8 +244,30 @@ class SpectralRisk(Functional):
         height = slopes[0] * knots[0] + (slopes.diff() * above * knots).sum()
         return PiecewiseLinear(self.reward, knots, slopes, float(height))
 
+    def _rounded(self, values: Tensor, weights: Tensor) -> RoundedLinear:
+        """The first variation for a width > 0."""
+        spectrum, above = (
+            torch.tensor(self.spectrum, dtype=torch.float64),
+            1 - values.new_tensor(self.levels),
+        )
+        knots = torch.stack([soft_quantile(values, weights, u, self.width) for u in self.levels])
+        changes = spectrum.diff().to(values)
+        height = float((changes * above * knots).sum())
+        return RoundedLinear(self.reward, knots, changes, float(spectrum[0]), height, self.width)
+
     def __str__(self) -> str:
         return f"SpectralRisk({self.reward}, {len(self.slopes)} pieces)"
+
+
+def soft_quantile(values: Tensor, weights: Tensor, level: float, width: float) -> Tensor:
+    """y with E sigmoid((values - y) / width) = 1 - level, a scalar, by bisection to rounding."""
+    reach = width * (40 - math.log(min(level, 1 - level)))
+    low, high = values.min() - reach, values.max() + reach
+    for _ in range(80):
+        middle = 0.5 * (low + high)
+        above = (weights * ((values - middle) / width).sigmoid()).sum() > 1 - level
+        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+    return 0.5 * (low + high)
 
 
 def _distorted(
