@@ -115,7 +115,8 @@ def _tail_section(name: str, toy: Tails, store: Store, home: Path) -> list[str]:
 
 
 def _padded(records: Sequence[Record], count: int) -> list[Record]:
-    """Steps that ended early, because nothing felt the tail any more, stay where they are."""
+    """Steps that ended early, because nothing felt the tail any more or a training diverged,
+    stay where they are."""
     return [*records, *([records[-1]] * (count - len(records)))]
 
 
@@ -258,7 +259,7 @@ def _exploration_section(store: Store, home: Path) -> list[str]:
 
 
 def _ablation_section(store: Store, risk: Store, home: Path) -> list[str]:
-    rows = []
+    rows, ended = [], 0
     fig = plots.figure(4.8, 3.2)
     axes = fig.subplots()
     for updates in UPDATES:
@@ -267,6 +268,7 @@ def _ablation_section(store: Store, risk: Store, home: Path) -> list[str]:
             if not runs:
                 continue
             count = len(store.known[f"exact/{eta:g}"]["result"])
+            ended += sum(len(run) < count for run in runs)
             tails = [[-r["tail"] for r in _padded(run, count)] for run in runs]
             per_k = [summary(list(column), 0) for column in zip(*tails, strict=True)]
             rows.append([f"N = {updates}, η = {eta:g}", *per_k, f"{runs[0][-1]['x1']:.1f}"])
@@ -288,5 +290,7 @@ def _ablation_section(store: Store, risk: Store, home: Path) -> list[str]:
     return [
         "## Ablation: outer steps K, updates N per step, η = 1 / rate", "",
         *texts.ABLATION.strip().splitlines(), "", *table(head, rows),
+        f"{ended} runs ended early, where a training diverged or no sample felt the tail; their "
+        "last model counts for the rest.", "",
         "![Tail mean by outer steps](images/fdc_ablation.png)", "",
     ]  # fmt: skip

@@ -25,6 +25,7 @@ from tiltflow.algorithms import Iterate, mirror_descent, plan_and_tune
 from tiltflow.context import Context
 from tiltflow.density import Quadrature
 from tiltflow.divergences import KL
+from tiltflow.errors import NonFiniteError
 from tiltflow.experiment import Plan
 from tiltflow.flow import FlowModel
 from tiltflow.functional import Functional
@@ -64,17 +65,25 @@ def stepwise(
     look: Callable[[FlowModel], Any],
     form: Literal["anchored", "successive"] = "anchored",
 ) -> list[Any]:
-    """Flow Density Control with a training per step; what ``look`` sees after each."""
+    """Flow Density Control with a training per step; what ``look`` sees after each.
+
+    A training that diverges ends it, at the model before.
+    """
     seen: list[Any] = []
 
     def note(k: int, iterate: Iterate[FlowModel]) -> None:
         seen.append(look(iterate.solution.model))
 
-    mirror_descent(
-        objective, plan.pretrained.model, solver, rates, prior=plan.prior, form=form,
-        density=lambda m, seed: plan.experiment.algorithm.density(m, solver.sampler, seed),
-        context=Context(plan.seed.child("steps")), on_iterate=note,
-    )  # fmt: skip
+    try:
+        mirror_descent(
+            objective, plan.pretrained.model, solver, rates, prior=plan.prior, form=form,
+            density=lambda m, seed: plan.experiment.algorithm.density(m, solver.sampler, seed),
+            context=Context(plan.seed.child("steps")), on_iterate=note,
+        )  # fmt: skip
+    except NonFiniteError as error:
+        print(f"diverged: {error}", flush=True)
+        if not seen:
+            raise
     return seen
 
 

@@ -13,10 +13,11 @@ from tiltflow.algorithms import discover_modes
 from tiltflow.algorithms.modes import far_apart
 from tiltflow.analytic import GaussianMixture, gaussian
 from tiltflow.context import Context
-from tiltflow.density import Empirical, Quadrature
-from tiltflow.errors import CapabilityError, ConfigError
+from tiltflow.density import Empirical, FlowDensity, Quadrature
+from tiltflow.errors import CapabilityError, ConfigError, UnsupportedError
 from tiltflow.potential import BlackBox, Differentiable
 from tiltflow.problem import Solution
+from tiltflow.rewards.points import Linear
 from tiltflow.seed import Seed
 from tiltflow.solvers.exact import GridSolver
 from tiltflow.types import Estimate
@@ -58,6 +59,20 @@ def test_on_samples() -> None:
     exact = MutualInformation((line(b),), (0.4, 0.6)).value(line(a)).value
     assert out.standard_error > 0
     assert abs(out.value - exact) < 4.5 * out.standard_error
+
+
+def test_separated_components_by_what_they_are_tilts_of() -> None:
+    """Their own samples do not know the normaliser of their ratio; those of the prior do."""
+    prior, slope = FlowDensity(TWO.flow(hidden=())), Linear(6.0)
+    # The tilt by 6 x moves the right one of the two Gaussians by 6 * 0.4^2.
+    a, b = (
+        FlowDensity(gaussian([sign * 2.96], 0.4).flow(hidden=()), log=prior.log + sign * slope)
+        for sign in (1, -1)
+    )
+    with pytest.raises(UnsupportedError, match="normaliser"):
+        MutualInformation((b,)).value(a)
+    out = MutualInformation((b,), (0.3, 0.7), reference=prior).value(a)
+    assert out.value == pytest.approx(-(0.3 * math.log(0.3) + 0.7 * math.log(0.7)), abs=1e-3)
 
 
 def test_refusals() -> None:

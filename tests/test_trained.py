@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from tiltflow.algorithms import (
     Iterate,
     LineSearch,
     Planning,
+    discover_modes,
     mirror_descent,
     plan_and_tune,
 )
@@ -110,3 +112,19 @@ def test_plan_and_tune_reaches_the_optimum(name: str) -> None:
     gain = max(worth) - worth[0]
     assert reached.standard_error < 0.02 * gain
     assert max(worth) - reached.value < 0.05 * gain
+
+
+@pytest.mark.slow
+def test_modes_are_discovered() -> None:
+    """Two trained components of a bimodal law take one mode each: I near log 2."""
+    torch.manual_seed(0)
+    model = GaussianMixture([[-2.0], [2.0]], 0.5).flow()
+    prior = FlowDensity(model)
+    values: list[float] = []
+    solutions = discover_modes(
+        model, 2, solver(300), [1.0, 1.0], prior=prior, density=flow_density, anchor=0.2,
+        context=Context(Seed(0)), on_iterate=lambda k, worth: values.append(worth.value),
+    )  # fmt: skip
+    means = [float(Sampler().sample(s.model, 4000, seed=Seed(1)).mean()) for s in solutions]
+    assert sorted(means) == pytest.approx([-2.0, 2.0], abs=0.3)
+    assert values[-1] > 0.8 * (1 - 0.2) * math.log(2)  # (1 - anchor) I at best

@@ -148,7 +148,7 @@ class Pair:
 
     def by_second_route(self) -> float:
         """The best value that L-BFGS finds."""
-        starts = [0.5 * MASS + 0.5 / COUNT]
+        starts = [(1 - part) * MASS + part / COUNT for part in (0.5, 0.01)]
         if self.objective.curvature != "concave":
             tilted = (torch.softmax(MASS.log() + c * ON.r, 0) for c in (2.0, 6.0))
             starts += [0.9 * p + 0.1 / COUNT for p in tilted]

@@ -157,7 +157,8 @@ class _Modes(Generic[M]):
         """G as a functional of component z."""
         w, rest = self.weights, [i for i in range(len(parts)) if i != z]
         others = [parts[i].p for i in rest]
-        total = 1.0 * MutualInformation(others, [w[z], *(w[i] for i in rest)])
+        weights = [w[z], *(w[i] for i in rest)]
+        total = 1.0 * MutualInformation(others, weights, reference=self.prior)
         if self.utility is not None:
             total = total + w[z] * self.utility
         return total - (self.anchor * w[z]) * KL(self.prior) if self.anchor else total

@@ -35,11 +35,15 @@ class MutualInformation(Functional):
         others: the densities of the other components.
         weights: of p, then of the others; positive, normalised here; equal by default.
         ratio: how the log-ratios of the components are known.
+        reference: a density that all components are tilts of. Their ratios are then differences
+            of those to it, whose normalisers its samples know even where components have
+            separated and have no samples in common.
     """
 
     others: Sequence[Density]
     weights: Sequence[float] | None = None
     ratio: RatioEstimator = field(default_factory=ExactRatio)
+    reference: Density | None = None
 
     def __post_init__(self) -> None:
         count = len(self.others) + 1
@@ -69,7 +73,11 @@ class MutualInformation(Functional):
     def offers_at(self, p: Density) -> Access:
         offered = Access.BOTH
         for other in self.others:
-            offered &= self.ratio.offers(other, p)
+            if self.reference is None:
+                offered &= self.ratio.offers(other, p)
+            else:
+                offered &= self.ratio.offers(other, self.reference)
+                offered &= self.ratio.offers(p, self.reference)
         # Shares need values, for the gradient too.
         return offered if Access.VALUE in offered else Access.NONE
 
@@ -107,8 +115,12 @@ class MutualInformation(Functional):
         self, p: Density, parts: Sequence[Density], weights: Sequence[float]
     ) -> Potential:
         """log p / m; the first of the parts is p."""
-        ratios = tuple(self.ratio.log_ratio(other, p) for other in parts[1:])
-        return LogShare(ratios, torch.tensor(weights, dtype=torch.float64).log())
+        if self.reference is None:
+            ratios: list[Potential] = [self.ratio.log_ratio(other, p) for other in parts[1:]]
+        else:
+            own, *rest = (self.ratio.log_ratio(part, self.reference) for part in parts)
+            ratios = [other - own for other in rest]
+        return LogShare(tuple(ratios), torch.tensor(weights, dtype=torch.float64).log())
 
     def __str__(self) -> str:
         return f"MutualInformation({len(self.others) + 1} components)"
