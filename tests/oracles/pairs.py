@@ -103,7 +103,8 @@ DIVERGENCES: dict[str, tuple[float, Functional, Value]] = {
 }
 WEIGHTS = {
     ("LeftCVaR(.2)", "W_1"): 0.2,
-    ("LeftCVaR(.2)", "MMD^2"): 1.0,
+    ("LeftCVaR(.2)", "MMD^2"): 0.5,
+    ("LeftCVaR(.2)", "EnergyDistance"): 0.5,
     ("MeanVariance", "W_1"): 0.3,
 }
 """Of divergences in objectives that are not concave and have poor local optima at the weights

@@ -4,6 +4,7 @@ from tiltflow.algorithms.mirror_descent import Iterate, mirror_descent
 from tiltflow.algorithms.modes import discover_modes
 from tiltflow.algorithms.planning import Planned, Planning, plan, plan_and_tune
 from tiltflow.algorithms.rates import Attempt, Fixed, LineSearch, PathKLBound, RateRule
+from tiltflow.algorithms.thresholds import Threshold, smallest_weight, tail_threshold
 
 __all__ = [
     "Attempt",
@@ -14,8 +15,11 @@ __all__ = [
     "Planned",
     "Planning",
     "RateRule",
+    "Threshold",
     "discover_modes",
     "mirror_descent",
     "plan",
     "plan_and_tune",
+    "smallest_weight",
+    "tail_threshold",
 ]
