@@ -4,6 +4,7 @@ from tiltflow.algorithms.mirror_descent import Iterate, mirror_descent
 from tiltflow.algorithms.modes import discover_modes
 from tiltflow.algorithms.planning import Planned, Planning, plan, plan_and_tune
 from tiltflow.algorithms.rates import Attempt, Fixed, LineSearch, PathKLBound, RateRule
+from tiltflow.algorithms.tail_aware import tail_aware
 from tiltflow.algorithms.thresholds import Threshold, smallest_weight, tail_threshold
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "plan",
     "plan_and_tune",
     "smallest_weight",
+    "tail_aware",
     "tail_threshold",
 ]

@@ -323,7 +323,7 @@ class _Job:
         if r == 0:
             return Reweighted(self.prior.at_least(size).bank, self.prior.log)
         seed = self.at(r).seed.child("bank")
-        bank = _corrected(model, self.model, psi, self.prior, size, seed)
+        bank = corrected(model, self.model, psi, self.prior, size, seed)
         return Reweighted(bank, self.prior.log + psi, origin=self.prior.log)
 
     def tune(
@@ -381,7 +381,7 @@ def _unsampled(prior: Density) -> Density:
     return FutureDensity(prior.log + Promise(Access.BOTH))
 
 
-def _corrected(
+def corrected(
     model: FlowModel,
     reference: FlowModel,
     psi: Potential,

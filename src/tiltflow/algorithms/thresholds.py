@@ -25,7 +25,7 @@ BEYOND = 30
 """With fewer samples of the bank beyond the threshold, it is the bank's, not the law's."""
 
 CARRIED = 0.5
-"""KL of the tilt over the logarithm of the bank's size, above which the bank cannot know it."""
+"""Part of the logarithm of the bank's size up to which it knows the KL of a tilt."""
 
 
 @final
@@ -43,7 +43,10 @@ class Threshold:
         cvar, kl: its two parts, on the tilted bank; KL in nats.
         tail_mass: P(r beyond y*) under the tilt: 1 - level or level at an optimum without atoms.
         level_mass: what it should be.
-        active: P(r beyond y*) before the tilt: the part of the first roll-outs with a gradient.
+        active: part of the samples beyond y*: of the first roll-outs that have a gradient, if the
+            bank was drawn from the model that the training starts from.
+        carried: KL of the tilt from the samples as they were drawn, over the logarithm of their
+            number, which is the most that they can tell; 0 for quadrature nodes.
         beyond: samples of the bank beyond y*.
         effective_size: of the tilted bank, 1 / sum of squared weights.
         count: samples in the bank.
@@ -57,6 +60,7 @@ class Threshold:
     tail_mass: float
     level_mass: float
     active: float
+    carried: float
     beyond: int
     effective_size: float
     count: int
@@ -74,15 +78,16 @@ class Threshold:
                 f"only {self.beyond} of {self.count} samples are beyond the threshold "
                 f"{self.hinge.threshold:.4g}, so that it says more about the bank than the law"
             )
-        if self.kl > CARRIED * math.log(self.count):
+        if self.carried > CARRIED:
+            most = math.log(self.count)
             return (
-                f"the tilt is {self.kl:.2f} nats from the start, and a bank of {self.count} knows "
-                f"at most {math.log(self.count):.1f}"
+                f"the tilt is {self.carried * most:.1f} nats from the samples, and {self.count} "
+                f"of them cannot tell more than {most:.1f}"
             )
         if self.active < ACTIVE:
             return (
-                f"only {100 * self.active:.2g} % of the pre-trained samples are beyond the "
-                f"threshold {self.hinge.threshold:.4g}, so that most roll-outs would teach nothing"
+                f"only {100 * self.active:.2g} % of the samples are beyond the threshold "
+                f"{self.hinge.threshold:.4g}, so that most roll-outs would teach nothing"
             )
         return None
 
@@ -240,18 +245,20 @@ def _described(
         share * float((log.exp() * (log - before)).nan_to_num(0.0).sum())
         for log, (_, before), share in zip(logs, bank.groups, bank.shares, strict=True)
     )
-    squares = sum(
-        float((share * log.exp()).square().sum())
-        for log, share in zip(logs, bank.shares, strict=True)
+    tilt = torch.cat([share * log.exp() for log, share in zip(logs, bank.shares, strict=True)])
+    count, beyond = (
+        len(tilt),
+        sum(
+            int((values > y).sum() if side == "above" else (values < y).sum())
+            for values, _ in bank.groups
+        ),
     )
-    before = [mass for _, mass in bank.groups]
-    count = sum(len(values) for values, _ in bank.groups)
-    beyond = sum(
-        int((values > y).sum() if side == "above" else (values < y).sum())
-        for values, _ in bank.groups
-    )
+    shift = math.log(count) + float(torch.special.xlogy(tilt, tilt).sum())
+    active = bank.mass_beyond([mass for _, mass in bank.groups], y, side)
     return Threshold(
         Hinge(utility.reward, y, 1 / utility.mass, side), weight, value, value + weight * kl, kl,
-        bank.mass_beyond(logs, y, side), utility.mass, bank.mass_beyond(before, y, side),
-        beyond, 1 / squares, count,
+        bank.mass_beyond(logs, y, side), utility.mass,
+        active if p.bank.exact else beyond / count,
+        0.0 if p.bank.exact else shift / math.log(count),
+        beyond, 1 / float(tilt.square().sum()), count,
     )  # fmt: skip

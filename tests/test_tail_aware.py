@@ -1,0 +1,134 @@
+"""Tail-aware Flow Fine-Tuning: one training, or several where the bank is too small."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar
+
+import pytest
+import torch
+
+from oracles import TFFT_LEFT, TFFT_RIGHT
+from tiltflow.algorithms import tail_aware
+from tiltflow.algorithms.thresholds import Threshold
+from tiltflow.analytic import gaussian
+from tiltflow.context import Context
+from tiltflow.density import FlowDensity
+from tiltflow.errors import ConfigError, UnsupportedError
+from tiltflow.flow import FlowModel
+from tiltflow.potential import BlackBox
+from tiltflow.problem import ControlProblem, Solution
+from tiltflow.rewards.points import Linear
+from tiltflow.seed import Seed
+from tiltflow.solvers import AdjointMatching, WeightedMatching
+from tiltflow.types import Access
+from tiltflow.utilities import LeftCVaR, RightCVaR
+
+X = Linear([1.0])
+
+
+class Untouched:
+    """A solver that only looks at the problem."""
+
+    needs: ClassVar[Access] = Access.BOTH
+
+    def __init__(self) -> None:
+        self.problems: list[ControlProblem[FlowModel]] = []
+
+    def solve(
+        self, problem: ControlProblem[FlowModel], context: Context, *,
+        init: FlowModel | None = None,
+    ) -> Solution[FlowModel]:  # fmt: skip
+        self.problems.append(problem)
+        return Solution(problem.reference if init is None else init)
+
+
+def prior_of(hidden: tuple[int, ...] = ()) -> FlowDensity:
+    torch.manual_seed(0)
+    return FlowDensity(gaussian([0.0]).flow(hidden=hidden), num_samples=2000)
+
+
+def test_the_problem_of_stage_two() -> None:
+    """The hinge of stage 1 in units of the weight, and the statistics of an untouched model."""
+    solver, prior = Untouched(), prior_of()
+    out = tail_aware(
+        LeftCVaR(X, 0.2), prior.model, solver, weight=1.0, prior=prior, context=Context()
+    )
+    terminal = solver.problems[0].terminal
+    y = out.stats["threshold"]
+    assert y == pytest.approx(TFFT_LEFT[3][1], abs=0.15)
+    x = torch.tensor([[y - 1.0], [y + 1.0]])
+    assert terminal.value(x).tolist() == pytest.approx([-5.0, 0.0], rel=1e-5)
+    assert out.stats["plan_objective"] == pytest.approx(TFFT_LEFT[3][2], abs=0.05)
+    assert out.stats["plan_tail_mass"] == pytest.approx(0.2, abs=1e-3)
+    assert out.stats["tail_mass"] == pytest.approx(out.stats["active"], abs=0.05)
+    assert out.stats["tail"] == pytest.approx(-1.4, abs=5 * out.stats["tail_error"] + 0.05)
+    assert out.stats["rounds"] == 1
+
+
+def test_starvation_is_refused_before_any_training() -> None:
+    solver, prior = Untouched(), prior_of()
+    arguments = {"weight": 0.5, "prior": prior, "context": Context(), "bank_size": 2000}
+    with pytest.raises(UnsupportedError, match=r"supports weights of [0-9.]+ and more"):
+        tail_aware(RightCVaR(X, 0.9), prior.model, solver, **arguments)
+    assert not solver.problems
+    with pytest.warns(RuntimeWarning, match="may starve"):
+        tail_aware(RightCVaR(X, 0.9), prior.model, solver, anyway=True, **arguments)
+    assert len(solver.problems) == 1
+
+
+def test_bad_arguments() -> None:
+    prior = prior_of()
+    with pytest.raises(ConfigError, match="max_rounds"):
+        tail_aware(
+            LeftCVaR(X, 0.2), prior.model, Untouched(), weight=1.0, prior=prior,
+            context=Context(), max_rounds=0,
+        )  # fmt: skip
+
+
+def solver(updates: int) -> AdjointMatching:
+    default = AdjointMatching()
+    return replace(default, training=replace(default.training, num_updates=updates))
+
+
+def test_left_tail_trained() -> None:
+    """N(0, 1), worst fifth, weight 1: realised mass within 10 % of the level, gap under 5 %."""
+    prior = prior_of((32, 32))
+    out = tail_aware(
+        LeftCVaR(X, 0.2), prior.model, solver(300), weight=1.0, prior=prior, context=Context()
+    )
+    assert out.stats["tail_mass"] == pytest.approx(0.2, rel=0.1)
+    best = TFFT_LEFT[3][2]
+    reached = out.stats["tail"] - out.stats["path_kl"]
+    assert reached > best - 0.05 * (best + 1.39981) - 3 * out.stats["tail_error"]
+
+
+def test_black_box_rewards() -> None:
+    """With a solver that needs values only."""
+    prior = prior_of((32, 32))
+    weighted = WeightedMatching(rounds=2, num_samples=2048, neighbours=64)
+    weighted = replace(weighted, training=replace(weighted.training, num_updates=300))
+    out = tail_aware(
+        LeftCVaR(BlackBox(lambda x: x[:, 0]), 0.2), prior.model, weighted, weight=2.0,
+        prior=prior, context=Context(),
+    )  # fmt: skip
+    assert out.stats["tail"] > -0.9  # from -1.4, to -0.42 at best
+
+
+@pytest.mark.slow
+def test_a_starving_weight_is_reached_in_rounds() -> None:
+    """Right tail, level 0.9, weight 1: 4.7 nats from a bank of 10,000, by tuning in between; then
+    the threshold is recalibrated on the tuned model."""
+    prior, seen = prior_of((64, 64)), list[Threshold]()
+    out = tail_aware(
+        RightCVaR(X, 0.9), prior.model, solver(800), weight=1.0, prior=prior,
+        context=Context(Seed(0)), max_rounds=6, on_round=lambda r, found, _: seen.append(found),
+    )  # fmt: skip
+    weights = [found.weight for found in seen]
+    assert weights == sorted(weights, reverse=True)
+    assert weights[-1] == 1.0
+    weight, y, value = TFFT_RIGHT[-1][:3]
+    assert weight == 1.0
+    assert out.stats["threshold"] == pytest.approx(y, abs=0.15)
+    assert out.stats["plan_objective"] == pytest.approx(value, abs=0.1)
+    assert out.stats["tail_mass"] == pytest.approx(0.1, abs=0.02)
