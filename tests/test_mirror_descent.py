@@ -23,7 +23,7 @@ from oracles import (
     tail_dual,
 )
 from oracles.loops import Recorder, run
-from tiltflow.algorithms import PathKLBound
+from tiltflow.algorithms import LineSearch, PathKLBound, mirror_descent
 from tiltflow.algorithms.mirror_descent import stationarity
 from tiltflow.analytic import GaussianMixture, gaussian
 from tiltflow.context import Context
@@ -434,3 +434,31 @@ def test_priors_of_another_kind_are_refused() -> None:
             density=lambda m, s: p, prior=p,
         )  # fmt: skip
     assert "bank" not in p.__dict__
+
+
+def test_a_step_that_went_too_far_is_shortened() -> None:
+    """Where the new density refuses to be looked at, whatever it is asked for."""
+    q, calls = grid(gaussian([0.5], 0.7), -5, 6, 301), []
+
+    def density(p: Quadrature, seed: Seed) -> Quadrature:
+        calls.append(p)
+        if len(calls) < 4:
+            raise UnsupportedError("too far")
+        return p
+
+    objective = ExpectedReward(Linear(1.0)) - 0.5 * KL(q)
+    out = mirror_descent(
+        objective, q, GridSolver(), LineSearch(), density=density, prior=q, context=Context(),
+        num_iterations=1,
+    )  # fmt: skip
+    assert out.stats["rate"] == 1 / 64
+
+
+def test_a_line_search_needs_values() -> None:
+    """Of an entropy, a flow model knows the first variation by its score, not the value."""
+    prior = FlowDensity(gaussian([0.0]).flow(hidden=()), num_samples=64)
+    with pytest.raises(CapabilityError, match="LineSearch compares values"):
+        mirror_descent(
+            Entropy() - KL(prior), prior.model, AdjointMatching(), LineSearch(),
+            density=lambda m, seed: prior, prior=prior, context=Context(), num_iterations=2,
+        )  # fmt: skip

@@ -184,7 +184,7 @@ def _alone(point: Point[Any], rate: float) -> float:
 def _resolved(promise: float, values: Array, point: Point[Any]) -> float:
     """The promise, or 0 where it is rounding."""
     spread = math.sqrt(float(point.weights @ values**2))
-    return promise if promise > ROUNDING * (abs(point.worth.value) + spread) else 0.0
+    return 0.0 if promise <= ROUNDING * (abs(point.worth.value) + spread) else promise
 
 
 def _log_mean_exp(x: Array, weights: Array) -> tuple[float, Array]:

@@ -17,7 +17,7 @@ from tiltflow.algorithms.steps import Goal, Point, Trial, objective_value
 from tiltflow.context import Context
 from tiltflow.density import Density
 from tiltflow.divergences.kl import KL
-from tiltflow.errors import ConfigError
+from tiltflow.errors import CapabilityError, ConfigError
 from tiltflow.functional import (
     Functional,
     FutureDensity,
@@ -108,7 +108,8 @@ def mirror_descent(
         tolerance: stop when the stationarity falls below it.
         completed: solutions of the first iterations of an earlier run with the same arguments,
             taken instead of solved, and not reported again. All else is recomputed from addressed
-            seeds, so that the result is the same, bit for bit.
+            seeds, so that the result is the same, bit for bit. A rule that remembers
+            (``LineSearch``) has them solved again, to know what it knew; it is for exact solvers.
         on_iterate: called after each step.
 
     Returns:
@@ -130,6 +131,11 @@ def mirror_descent(
     point = Point(goal, model, p, ZERO)
     loop = _Loop(goal, solver, rule, density, context, conditions, form, step_kl, point)
     loop.check(total)
+    if memory > 1 and math.isnan(point.worth.value):
+        raise CapabilityError(
+            f"mirror_descent: {type(rule).__name__} compares values of the objective, which "
+            f"{type(p).__name__} does not know (log p has no values). Give rates, or PathKLBound."
+        )
     bundle = Bundle(memory, goal.bent.curvature in ("linear", "concave"))
     last, rate = Solution(model), None
     for k in range(total):
@@ -217,7 +223,7 @@ class _Loop(Generic[M]):
                 bundle.move(trial)
                 return trial.solution, trial.new
             if again == 0.0:
-                if not bundle.forget(point):
+                if getattr(self.rule, "edge", False) or not bundle.forget(point):
                     return None
             elif trial.looked_at and (again == rate or trial.error >= 0):
                 bundle.add(trial)

@@ -40,6 +40,9 @@ ROUNDINGS = (0.3, 0.03, 0.003)
 SAME_TILT = 1e-2
 """Two plans whose KL on the bank is below this fraction of their KL to the start are one."""
 
+SAME_GAIN = 1e-3
+"""The part of the gain that may be lost for it."""
+
 SMALL_PLAN, MISSED = 1e-3, 0.01
 """A tuned model whose path KL is below this fraction of the KL of its plan (in nats, of at least
 so many) did not learn, whatever its solver says."""
@@ -59,7 +62,7 @@ class Planned:
         p: the re-weighted bank.
         objective: G[p].
         stationarity: see ``mirror_descent.stationarity``.
-        iterations: steps taken.
+        iterations: steps taken on the way that led there.
         kl: KL(p || start), on the bank.
         exhausted: whether the bank, not the objective, ended the descent.
     """
@@ -134,8 +137,8 @@ def plan(
 ) -> Planned:
     """Mirror descent on a bank of samples, to the optimum or as far as the bank carries.
 
-    Steps are as long as the objective allows (``LineSearch``). Where it is not concave, a second
-    ascent goes by way of its rounded forms (``Functional.rounded``), wide ones first, and the
+    Steps are as long as the objective allows (``LineSearch``). Where it has left tails, a second
+    ascent goes by way of their rounded forms (``Functional.rounded``), wide ones first, and the
     better end counts: a left tail has many local optima, of which these pass over most. With
     ``- weight * KL(prior)`` in the objective, the history of steps then collapses: at the optimum
     psi = delta(G + weight KL)[p] / weight, one first variation, which is returned where it gives
@@ -213,6 +216,8 @@ class _WhileCarried(RateRule):
         self.rule, self.floor = rule, floor
         self.edge = False
         """Whether the bank is as thin as it may be."""
+        self.thin = 0
+        """Tries of this step that made it too thin."""
 
     @property
     def length(self) -> int | None:
@@ -227,10 +232,12 @@ class _WhileCarried(RateRule):
         return self.rule.propose(number, previous, predict)
 
     def retry(self, attempt: Attempt) -> float | None:
+        self.thin = 0 if attempt.number == 0 else self.thin
         if self.edge and attempt.number == 0:
             return 0.0  # ever smaller steps would lead nowhere
         if attempt.stats["effective_size"] < self.floor:
-            self.edge = attempt.number >= MAX_THIN
+            self.thin += 1
+            self.edge = self.thin > MAX_THIN
             return 0.0 if self.edge else 0.5 * attempt.rate
         smaller = self.rule.retry(attempt)
         # A first try may be far too long; what counts is where the accepted step ends.
@@ -415,14 +422,18 @@ def _is_anchor(term: Functional, anchor: Potential) -> bool:
 def _collapsed(
     objective: Functional, start: Reweighted, p: Reweighted, psi: Potential, anchor: Potential
 ) -> Potential | None:
-    """psi by the condition of stationarity, if it gives the same weights as the history of steps.
+    """psi by the condition of stationarity, if it is as good as the history of steps.
 
-    One more anchored step at rate 1 / weight: its KL part cancels all earlier ones.
+    One more anchored step at rate 1 / weight: its KL part cancels all earlier ones. At a kink of
+    the objective one first variation is not enough.
     """
     rate = _inverse_weight(objective, anchor)
     if rate >= 1e6:
         return None
     single = psi + rate * objective.first_variation(p)
     there = start.tilted(single)
-    far = weights_kl(p.bank, start.bank)
-    return single if weights_kl(there.bank, p.bank) <= SAME_TILT * far else None
+    if not weights_kl(there.bank, p.bank) <= SAME_TILT * weights_kl(p.bank, start.bank):
+        return None
+    values = [objective_value(objective, law).value for law in (start, p, there)]
+    before, reached, collapsed = values
+    return single if collapsed >= reached - SAME_GAIN * (reached - before) else None

@@ -48,7 +48,8 @@ class RateRule(Protocol):
     """Chooses the rate of each step, and may refuse a step that went too far.
 
     A rule may have an attribute ``memory``: how many first variations the loop remembers, see
-    ``LineSearch``; 1, none but the current one, without it.
+    ``LineSearch``; 1, none but the current one, without it. With an attribute ``edge`` that is
+    true, giving a step up is final.
     """
 
     @property

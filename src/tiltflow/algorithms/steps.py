@@ -14,7 +14,7 @@ import numpy.typing as npt
 from tiltflow.algorithms.rates import Attempt
 from tiltflow.density import Density
 from tiltflow.divergences.two_banks import same_points
-from tiltflow.errors import CapabilityError, TiltflowError
+from tiltflow.errors import CapabilityError, NonFiniteError, TiltflowError, UnsupportedError
 from tiltflow.functional import Combined, Functional, influence
 from tiltflow.potential import ZERO, Potential
 from tiltflow.problem import M, Solution
@@ -143,9 +143,13 @@ class Trial(Generic[M]):
         a first variation, whatever the reason: what is wrong everywhere is noticed at the start.
         """
         try:
-            gain = self.new.worth.value - self.old.worth.value
+            new = self.new
+        except (NonFiniteError, UnsupportedError):
+            return -math.inf
+        try:
+            gain = new.worth.value - self.old.worth.value
             if math.isfinite(gain):
-                _ = self.new.g_values
+                _ = new.g_values
         except TiltflowError:
             return -math.inf
         return gain
@@ -159,8 +163,10 @@ class Trial(Generic[M]):
     def error(self) -> float:
         """By how much the linearisation of the bent part at the new density is above that part at
         the old one; NaN where it cannot be known."""
+        if not math.isfinite(self.gain):
+            return math.nan
         old, new = self.old, self.new
-        if not math.isfinite(self.gain) or not len(new.g_values) or not old.shares_bank(new):
+        if not len(new.g_values) or not old.shares_bank(new):
             return math.nan
         gain = new.bent_worth - old.bent_worth
         return gain - float((new.weights - old.weights) @ new.bent_values)

@@ -18,7 +18,6 @@ from tiltflow.problem import ControlProblem, Solution, Solver
 from tiltflow.seed import Seed
 from tiltflow.utilities import LeftCVaR, RightCVaR
 
-
 RECALIBRATE = 0.1
 """Relative error of the realised tail mass from which on the threshold is found once more."""
 

@@ -76,7 +76,7 @@ class Reweighted(Density):
     ) -> None:
         self.base, self._law, self.origin = bank, log, log if origin is None else origin
         self._psi = ZERO if psi is None else psi
-        self._log = log + self._psi
+        self._log = log if psi is None else log + psi
         self._bank = bank
         if psi is not None:
             logits = bank.weights.log() + psi.value(bank.points, bank.cond).to(bank.weights)

@@ -191,7 +191,7 @@ class Combined(Functional):
         return Estimate(total, math.sqrt(variance), count)
 
     def rounded(self, p: Density, part: float) -> Combined:
-        """Terms with positive coefficients are."""
+        """Terms with positive coefficients are; what is lowered, like RightCVaR(cost), is not."""
         terms = [(c, term.rounded(p, part) if c > 0 else term) for c, term in self.terms]
         same = all(a is b for (_, a), (_, b) in zip(terms, self.terms, strict=True))
         return self if same else Combined(terms)

@@ -56,7 +56,8 @@ class RiskField(Reward):
     def __post_init__(self) -> None:
         levels = (self.cheap, self.safe, self.plateau, self.edge, self.disaster)
         highest = self.safe + 1.1 * (self.edge - self.safe)
-        if list(levels) != sorted(levels) or highest > self.disaster:
+        finite = all(map(math.isfinite, (*levels, self.period, self.sharpness)))
+        if not finite or list(levels) != sorted(levels) or highest > self.disaster:
             raise ConfigError(
                 "RiskField: need cheap <= safe <= plateau <= edge, and disaster above all of "
                 f"them and of safe + 1.1 (edge - safe) = {highest:g}; got "
@@ -94,7 +95,7 @@ class NoveltyField(Reward):
     Args:
         left, middle, right: levels of the base.
         peak: reward at the top of a spike.
-        width: radius at which a spike has about half its height; below 8 / 15, so that the two
+        width: radius at which a spike has 72 % of its height; below 8 / 15, so that the two
             do not meet.
         distance: of the spikes from the centre, along x1.
     """
@@ -108,7 +109,7 @@ class NoveltyField(Reward):
 
     def __post_init__(self) -> None:
         levels = (self.right, self.middle, self.left, self.peak)
-        if list(levels) != sorted(levels):
+        if not all(map(math.isfinite, levels)) or list(levels) != sorted(levels):
             raise ConfigError(
                 "NoveltyField: need right <= middle <= left <= peak, got "
                 f"{', '.join(f'{level:g}' for level in levels)}."

@@ -305,6 +305,7 @@ class _Matching:
     def load(self, state: Mapping[str, Tensor]) -> None:
         self.mixer.noise, self.gaps = state["noise"].clone(), state["gaps"].clone()
         self.starved, self.buffer = int(state["starved"]), []
+        self.warned = self.starved >= STARVED
         self.activity = float(state["activity"])
         while f"buffer/{len(self.buffer)}/x" in state:
             head = f"buffer/{len(self.buffer)}/"
@@ -376,7 +377,8 @@ class _Matching:
         before = active if math.isnan(self.activity) else self.activity
         self.activity = 0.8 * before + 0.2 * active if self.terminal.sparse else 1.0
         # A rare hit teaches nothing, so that it does not wipe out the misses before it.
-        self.starved = self.starved + 1 if active == 0 else max(0, self.starved - 1)
+        step = 1 if active == 0 else -1
+        self.starved = min(max(0, self.starved + step), 2 * STARVED)
         if self.starved >= STARVED and not self.warned:
             self.warned = True
             warnings.warn(

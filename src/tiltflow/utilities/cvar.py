@@ -102,8 +102,9 @@ class LeftCVaR(_Tail):
     def mass(self) -> float:
         return self.level
 
-    def rounded(self, p: Density, part: float) -> SpectralRisk:
-        return SpectralRisk(self.reward, (self.level,), (1.0, 0.0)).rounded(p, part)
+    def rounded(self, p: Density, part: float) -> Functional:
+        soft = SpectralRisk(self.reward, (self.level,), (1.0, 0.0)).rounded(p, part)
+        return soft if soft.width > 0 else self
 
 
 @final

@@ -65,7 +65,7 @@ class MutualInformation(Functional):
 
     @property
     def priors(self) -> tuple[Density, ...]:
-        return tuple(self.others)
+        return (*self.others, *(() if self.reference is None else (self.reference,)))
 
     def offers(self, log: Access) -> Access:
         return self.offers_at(FutureDensity(Promise(log)))
@@ -86,7 +86,8 @@ class MutualInformation(Functional):
         return weights[0] * self._log_share(p, (p, *self.others), weights)
 
     def value(self, p: Density) -> Estimate:
-        """I, from the banks of all components; their errors are added in squares."""
+        """I, from the banks of all components; their errors are added in squares. Those of the
+        normalisers of estimated ratios are not counted."""
         if Access.VALUE not in self.offers_at(p):
             raise CapabilityError(
                 f"MutualInformation needs values of the log-ratios of its components, but log p "

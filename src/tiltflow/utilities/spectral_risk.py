@@ -215,14 +215,15 @@ class SpectralRisk(Functional):
         return offers_through_values(self.reward)
 
     def value(self, p: Density) -> Estimate:
-        """Exact on the bank, the samples at the levels counted fractionally."""
+        """Exact on the bank; without a width, samples at the levels are counted fractionally."""
         variation = self.first_variation(p)
         return p.estimate(lambda x, c: variation.of_value(self.reward.value(x, c).double()))
 
     def rounded(self, p: Density, part: float) -> SpectralRisk:
         if self.curvature in ("linear", "concave"):
             return self
-        return replace(self, width=part * spread(influence(self.reward, p), p))
+        width = part * spread(influence(self.reward, p), p)
+        return replace(self, width=width) if width > 0 else self
 
     @per_density
     def first_variation(self, p: Density) -> PiecewiseLinear | RoundedLinear:
