@@ -17,7 +17,7 @@ from common import ROOT, Settings
 
 from tiltflow.adapters.checkpoint import load_tensors, save_tensors
 from tiltflow.algorithms import Iterate, LineSearch, mirror_descent
-from tiltflow.algorithms.planning import ROUNDINGS
+from tiltflow.algorithms.bank_plan import ROUNDINGS
 from tiltflow.analytic import GaussianMixture
 from tiltflow.context import Context
 from tiltflow.delta import MLP

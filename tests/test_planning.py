@@ -12,7 +12,7 @@ from torch import Tensor
 
 from oracles import LEFT_TAIL_OPTIMUM, RIGHT_TAIL_OPTIMUM, grid, tail_dual
 from tiltflow.algorithms import LineSearch, Planning, mirror_descent, plan, plan_and_tune
-from tiltflow.algorithms.planning import plannable, worth_planning
+from tiltflow.algorithms.bank_plan import plannable, worth_planning
 from tiltflow.analytic import GaussianMixture, gaussian
 from tiltflow.context import Context
 from tiltflow.density import Bank, FlowDensity, Reweighted, UnknownLog

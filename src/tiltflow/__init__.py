@@ -24,6 +24,8 @@ if TYPE_CHECKING:
         mirror_descent,
         plan,
         plan_and_tune,
+        tail_aware,
+        tail_threshold,
     )
     from tiltflow.analytic import GaussianMixture, gaussian, ring
     from tiltflow.context import Backend, Context, SingleProcess, Snapshot, Step
@@ -141,7 +143,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "algorithms": "Attempt Fixed Iterate LineSearch PathKLBound Planned Planning RateRule "
-    "discover_modes mirror_descent plan plan_and_tune",
+    "discover_modes mirror_descent plan plan_and_tune tail_aware tail_threshold",
     "analytic": "GaussianMixture gaussian ring",
     "context": "Backend Context SingleProcess Snapshot Step",
     "delta": "Correction Delta Full MLP",
@@ -323,4 +325,6 @@ __all__ = [
     "plan",
     "plan_and_tune",
     "ring",
+    "tail_aware",
+    "tail_threshold",
 ]

@@ -9,7 +9,7 @@ from typing import final
 
 import torch
 
-from tiltflow.algorithms.planning import worth_planning
+from tiltflow.algorithms.bank_plan import worth_planning
 from tiltflow.config import Table, interpret
 from tiltflow.density import FlowDensity
 from tiltflow.errors import ConfigError

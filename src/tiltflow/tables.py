@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, final
 
-from tiltflow.algorithms.planning import Planning
+from tiltflow.algorithms.bank_plan import Planning
 from tiltflow.algorithms.rates import RateRule
 from tiltflow.density import FlowDensity
 from tiltflow.errors import ConfigError

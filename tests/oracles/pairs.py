@@ -18,7 +18,7 @@ from torch import Tensor
 from oracles import axis, values
 from oracles.values import Nodes, Value
 from tiltflow.algorithms import LineSearch, mirror_descent
-from tiltflow.algorithms.planning import ROUNDINGS
+from tiltflow.algorithms.bank_plan import ROUNDINGS
 from tiltflow.analytic import GaussianMixture
 from tiltflow.context import Context
 from tiltflow.density import Quadrature

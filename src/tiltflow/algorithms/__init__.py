@@ -1,8 +1,9 @@
 """Outer loops: from an objective to a model."""
 
+from tiltflow.algorithms.bank_plan import Planned, Planning, plan
 from tiltflow.algorithms.mirror_descent import Iterate, mirror_descent
 from tiltflow.algorithms.modes import discover_modes
-from tiltflow.algorithms.planning import Planned, Planning, plan, plan_and_tune
+from tiltflow.algorithms.planning import plan_and_tune
 from tiltflow.algorithms.rates import Attempt, Fixed, LineSearch, PathKLBound, RateRule
 from tiltflow.algorithms.tail_aware import tail_aware
 from tiltflow.algorithms.thresholds import Threshold, smallest_weight, tail_threshold
