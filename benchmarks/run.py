@@ -15,8 +15,8 @@ import torch
 from common import Settings
 
 PAGES = (
-    "ring", "hard", "discretisation", "ratios", "transport", "solvers", "pairs", "planning",
-    "utilities",
+    "ring", "hard", "discretisation", "ratios", "transport", "solvers", "pairs", "modes",
+    "planning", "utilities",
 )  # fmt: skip
 
 

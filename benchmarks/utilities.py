@@ -155,8 +155,7 @@ weights 0.3, 1 and 2, `AdjointMatching` with scores at t = 0.9, and twice as man
 updates, none of them clearly better). The last row is Entropy without that disagreement: the
 pre-trained model is the exact flow of the five Gaussians with a correction network
 3-64-64-64-2, which is what is trained. `MutualInformation` is a property of several models:
-see `discover_modes` and its tests, exact (`tests/test_modes.py`) and with trained components,
-which come within 7 % of the exact ones in one dimension (`tests/test_trained.py`)."""
+see [modes](modes.md)."""
 
 
 @dataclass
