@@ -17,7 +17,7 @@ from common import ROOT, Settings
 
 from tiltflow.adapters.checkpoint import load_tensors, save_tensors
 from tiltflow.algorithms import Iterate, LineSearch, mirror_descent
-from tiltflow.algorithms.bank_plan import ROUNDINGS
+from tiltflow.algorithms.bank_plan import ways
 from tiltflow.analytic import GaussianMixture
 from tiltflow.context import Context
 from tiltflow.delta import MLP
@@ -120,8 +120,7 @@ def exact(objective: Objective, q: Quadrature, weight: float, num_iterations: in
     """Mirror descent with exact steps and line search, from the pre-trained density; the better
     of the direct way and of the one by the rounded objectives, where there are any."""
     g = objective(q)
-    ways = [[g], [*(g.rounded(q, part) for part in ROUNDINGS), g]]
-    ends = [ascend(way, q, weight, num_iterations) for way in ways[: 1 + (ways[1][0] is not g)]]
+    ends = [ascend(way, q, weight, num_iterations) for way in ways(g, q)]
     last = max(ends, key=lambda iterate: iterate.objective.value)
     p = last.solution.model
     kl = float((p.probabilities * (p.table - q.table).flatten()).sum())

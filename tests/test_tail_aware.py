@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar
 
 import pytest
 import torch
@@ -30,9 +29,8 @@ X = Linear([1.0])
 class Untouched:
     """A solver that only looks at the problem."""
 
-    needs: ClassVar[Access] = Access.BOTH
-
-    def __init__(self) -> None:
+    def __init__(self, needs: Access = Access.BOTH) -> None:
+        self.needs = needs
         self.problems: list[ControlProblem[FlowModel]] = []
 
     def solve(
@@ -113,6 +111,28 @@ def test_black_box_rewards() -> None:
         prior=prior, context=Context(),
     )  # fmt: skip
     assert out.stats["tail"] > -0.9  # from -1.4, to -0.42 at best
+
+
+def test_a_bank_is_rewarded_once() -> None:
+    """Thresholds at many weights on one bank, then fresh samples: an evaluation for each."""
+    calls: list[int] = []
+    reward = BlackBox(lambda x: calls.append(len(x)) or x[:, 0])
+    prior = prior_of()
+    with pytest.raises(UnsupportedError, match="supports weights"):
+        tail_aware(
+            RightCVaR(reward, 0.9), prior.model, Untouched(), weight=0.5, prior=prior,
+            context=Context(), bank_size=2000,
+        )  # fmt: skip
+    assert calls == [2000]
+    tail_aware(
+        LeftCVaR(reward, 0.2),
+        prior.model,
+        Untouched(Access.VALUE),
+        weight=2.0,
+        prior=prior,
+        context=Context(),
+    )
+    assert calls == [2000, 10_000, 5000]
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from torch import Tensor
 from oracles import axis, values
 from oracles.values import Nodes, Value
 from tiltflow.algorithms import LineSearch, mirror_descent
-from tiltflow.algorithms.bank_plan import ROUNDINGS
+from tiltflow.algorithms.bank_plan import ways
 from tiltflow.analytic import GaussianMixture
 from tiltflow.context import Context
 from tiltflow.density import Quadrature
@@ -141,10 +141,7 @@ class Pair:
     def by_mirror_descent(self) -> tuple[float, int]:
         """The value (by the second route) that mirror descent reaches, and its steps; the better
         of a direct ascent and of one by way of the rounded objectives, as ``plan`` has it."""
-        ends = [_descend([self.objective])]
-        rounded = [self.objective.rounded(Q, part) for part in ROUNDINGS]
-        if rounded[0] is not self.objective:
-            ends.append(_descend([*rounded, self.objective]))
+        ends = [_descend(way) for way in ways(self.objective, Q)]
         return max((float(self.value(p.probabilities.clamp(min=1e-300), 0.0)), k) for p, k in ends)
 
     def by_second_route(self) -> float:

@@ -139,11 +139,10 @@ def plan(
     settings, context = settings or Planning(), context or Context()
     anchor = (prior or start).log
     with remembering(start.bank.points):
-        ends = [_ascent(objective, start, start, settings, context, anchor)]
-        smooth = [objective.rounded(start, part) for part in ROUNDINGS]
-        if smooth[0] is not objective:
+        ends = []
+        for way in ways(objective, start):
             end = _Ascent(start, 0, False)
-            for g in (*smooth, objective):
+            for g in way:
                 end = end.then(_ascent(g, start, end.p, settings, context, anchor))
             ends.append(end)
         best = max(ends, key=lambda end: objective_value(objective, end.p).value)
@@ -157,6 +156,14 @@ def plan(
             psi, p, objective_value(objective, p), gap, best.iterations,
             weights_kl(p.bank, start.bank), best.edge and not gap < settings.tolerance,
         )  # fmt: skip
+
+
+def ways(objective: Functional, p: Density) -> list[list[Functional]]:
+    """Sequences of objectives to raise one after the other, each from where the last one ended:
+    the objective alone, and, where ``rounded`` changes it, its rounded forms before it."""
+    smooth = [objective.rounded(p, part) for part in ROUNDINGS]
+    direct = [objective]
+    return [direct] if smooth[0] is objective else [direct, [*smooth, objective]]
 
 
 @final

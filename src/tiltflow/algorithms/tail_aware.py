@@ -12,8 +12,7 @@ from tiltflow.context import Context
 from tiltflow.density import Density, FlowDensity, Reweighted
 from tiltflow.errors import ConfigError, UnsupportedError
 from tiltflow.flow import FlowModel
-from tiltflow.functional import influence
-from tiltflow.potential import ZERO
+from tiltflow.potential import ZERO, remembering
 from tiltflow.problem import ControlProblem, Solution, Solver
 from tiltflow.seed import Seed
 from tiltflow.utilities import LeftCVaR, RightCVaR
@@ -92,11 +91,12 @@ def tail_aware(
         if r > 0:
             bank = corrected(last.model, model, ZERO, prior, size, at.seed.child("bank"))
             law = Reweighted(bank, prior.log)
-        found = tail_threshold(utility, weight, law)
-        final = found.problem is None or (anyway and r == max_rounds - 1)
-        if not final:
-            found = _milder(utility, law, found, refuse=r == max_rounds - 1)
-        elif found.problem is not None:
+        with remembering(law.bank.points):
+            found = tail_threshold(utility, weight, law)
+            final = found.problem is None or (anyway and r == max_rounds - 1)
+            if not final:
+                found = _milder(utility, law, found, refuse=r == max_rounds - 1)
+        if final and found.problem is not None:
             warnings.warn(
                 f"tail_aware: {found.problem}. The fine-tuning may starve.",
                 RuntimeWarning, stacklevel=2,
@@ -104,7 +104,9 @@ def tail_aware(
         found.potential.require(solver.needs, type(solver).__name__)
         problem = ControlProblem(model, found.potential, prior.conditions)
         last = solver.solve(problem, at, init=last.model)
-        last = replace(last, stats={**last.stats, **_stats(found, prior, last.model, at.seed, r)})
+        last = replace(
+            last, stats={**last.stats, **_stats(utility, found, prior, last.model, at.seed, r)}
+        )
         on_round(r, found, last)
         off = abs(last.stats["tail_mass"] / found.level_mass - 1)
         if final and off <= RECALIBRATE:
@@ -127,7 +129,12 @@ def _milder(
 
 
 def _stats(
-    found: Threshold, prior: FlowDensity, model: FlowModel, seed: Seed, r: int
+    utility: LeftCVaR | RightCVaR,
+    found: Threshold,
+    prior: FlowDensity,
+    model: FlowModel,
+    seed: Seed,
+    r: int,
 ) -> dict[str, float]:
     """What stage 1 said, and what fresh samples of the tuned model say."""
     size = max(prior.num_samples, round(1000 / found.level_mass))
@@ -135,14 +142,11 @@ def _stats(
         model, sampler=prior.sampler, num_samples=size, seed=seed.child("realised"),
         conditions=prior.conditions,
     )  # fmt: skip
-    rewards, y = influence(found.hinge.reward, p), found.hinge.threshold
-    above = found.hinge.side == "above"
-    kind = RightCVaR if above else LeftCVaR
-    level = 1 - found.level_mass if above else found.level_mass
-    tail = kind(found.hinge.reward, level).value(p)
+    with remembering(p.bank.points):
+        tail, beyond = utility.value(p), p.expect(lambda x, c: found.hinge.active(x, c).double())
     return {
-        "threshold": y, "weight": found.weight, "plan_objective": found.value,
-        "plan_kl": found.kl, "plan_tail_mass": found.tail_mass, "active": found.active,
-        "tail_mass": float(((rewards > y) if above else (rewards < y)).double().mean()),
+        "threshold": found.hinge.threshold, "weight": found.weight,
+        "plan_objective": found.value, "plan_kl": found.kl, "plan_tail_mass": found.tail_mass,
+        "active": found.active, "tail_mass": float(beyond),
         "tail": tail.value, "tail_error": tail.standard_error, "rounds": r + 1.0,
     }  # fmt: skip

@@ -12,7 +12,7 @@ from torch import Tensor
 from tiltflow.density import Density
 from tiltflow.errors import ConfigError, UnsupportedError
 from tiltflow.functional import influence
-from tiltflow.potential import Hinge, Potential
+from tiltflow.potential import Hinge, Potential, remembering
 from tiltflow.solvers.weighted_bank import groups_of
 from tiltflow.utilities import LeftCVaR, RightCVaR
 
@@ -147,13 +147,14 @@ def smallest_weight(
         UnsupportedError: if even the largest is too small for the bank.
     """
     p = prior.at_least(utility.samples_needed)
-    spread = float(influence(utility.reward, p).std()) or 1.0
-    low, high = 1e-3 * spread, 1e3 * spread
-    tail_threshold(utility, high, p).require_learnable()
-    while high / low > 1 + precision:
-        middle = math.sqrt(low * high)
-        fine = tail_threshold(utility, middle, p).problem is None
-        low, high = (low, middle) if fine else (middle, high)
+    with remembering(p.bank.points):
+        spread = float(influence(utility.reward, p).std()) or 1.0
+        low, high = 1e-3 * spread, 1e3 * spread
+        tail_threshold(utility, high, p).require_learnable()
+        while high / low > 1 + precision:
+            middle = math.sqrt(low * high)
+            fine = tail_threshold(utility, middle, p).problem is None
+            low, high = (low, middle) if fine else (middle, high)
     return high
 
 
@@ -197,10 +198,13 @@ class _Rewards:
     def mass_beyond(self, logs: list[Tensor], y: float, side: Side) -> float:
         """P(r beyond y) under log weights in each group."""
         total = 0.0
-        for (values, _), log, share in zip(self.groups, logs, self.shares, strict=True):
-            beyond = values > y if side == "above" else values < y
+        for beyond, log, share in zip(self.beyond(y, side), logs, self.shares, strict=True):
             total += share * float(log.exp()[beyond].sum())
         return total
+
+    def beyond(self, y: float, side: Side) -> list[Tensor]:
+        """Which rewards of each group are on that side of y."""
+        return [values > y if side == "above" else values < y for values, _ in self.groups]
 
 
 def _root(bank: _Rewards, scale: float, mass: float) -> float:
@@ -246,13 +250,7 @@ def _described(
         for log, (_, before), share in zip(logs, bank.groups, bank.shares, strict=True)
     )
     tilt = torch.cat([share * log.exp() for log, share in zip(logs, bank.shares, strict=True)])
-    count, beyond = (
-        len(tilt),
-        sum(
-            int((values > y).sum() if side == "above" else (values < y).sum())
-            for values, _ in bank.groups
-        ),
-    )
+    count, beyond = len(tilt), sum(int(each.sum()) for each in bank.beyond(y, side))
     shift = math.log(count) + float(torch.special.xlogy(tilt, tilt).sum())
     active = bank.mass_beyond([mass for _, mass in bank.groups], y, side)
     return Threshold(

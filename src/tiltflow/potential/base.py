@@ -185,9 +185,11 @@ def remembering(points: Tensor) -> Iterator[None]:
     """Within this block, no potential is evaluated twice at ``points`` (this very tensor).
 
     For loops on a bank: a reward that takes minutes is then paid once. Conditions must be the
-    same throughout, as those of a bank are.
+    same throughout, as those of a bank are. An inner block on the same points joins the outer one.
     """
-    token = _MEMORY.set(_Memory(points))
+    outer = _MEMORY.get()
+    joined = outer is not None and outer.points is points
+    token = _MEMORY.set(outer if joined else _Memory(points))
     try:
         yield
     finally:

@@ -72,12 +72,9 @@ class MutualInformation(Functional):
 
     def offers_at(self, p: Density) -> Access:
         offered = Access.BOTH
-        for other in self.others:
-            if self.reference is None:
-                offered &= self.ratio.offers(other, p)
-            else:
-                offered &= self.ratio.offers(other, self.reference)
-                offered &= self.ratio.offers(p, self.reference)
+        base = p if self.reference is None else self.reference
+        for part in self.others if base is p else (p, *self.others):
+            offered &= self.ratio.offers(part, base)
         # Shares need values, for the gradient too.
         return offered if Access.VALUE in offered else Access.NONE
 
