@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from oracles import axis
+from oracles.affine import tensors
+from oracles.processes import Gloo
 from tiltflow.analytic import GaussianMixture, gaussian
 from tiltflow.context import Context, SingleProcess, Snapshot, Step
 from tiltflow.delta import MLP, Correction
@@ -472,10 +473,6 @@ def test_no_tolerance_with_conditions() -> None:
         quick(20, tolerance=0.1).solve(problem, Context(SEED))
 
 
-def tensors(model: FlowModel) -> list[Tensor]:
-    return [p.detach() for p in model.trainable.parameters()]
-
-
 @pytest.mark.parametrize(("replay", "use_values"), [(3, True), (0, True), (2, False)])
 def test_resumed_equals_straight(replay: int, use_values: bool) -> None:
     """From every snapshot, the rest of the run gives the same bits and statistics.
@@ -659,33 +656,6 @@ def test_nothing_to_train() -> None:
 
 
 # ---------------------------------------------------------------------------- several processes
-
-
-@dataclass(frozen=True)
-class Gloo:
-    """The smallest distributed backend: what ``accelerate.Accelerator`` does, by hand."""
-
-    process_index: int
-    num_processes: int = 2
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-    @property
-    def is_main_process(self) -> bool:
-        return self.process_index == 0
-
-    def backward(self, loss: Tensor, **kwargs: Any) -> None:
-        loss.backward(**kwargs)  # type: ignore[no-untyped-call]
-
-    def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: int = 2) -> Any:
-        return nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        return nullcontext()
-
-    def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
-        out = tensor.clone()
-        torch.distributed.all_reduce(out)
-        return out / self.num_processes if reduction == "mean" else out
 
 
 def process(rank: int, folder: str) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from oracles.affine import affine as steps_affine
 from oracles.affine import law as law_of
-from oracles.affine import optimal_law
+from oracles.affine import optimal_law, same, tensors
 from tiltflow.analytic import ring
 from tiltflow.context import Context, Snapshot, Step
 from tiltflow.delta import MLP, Correction
@@ -61,15 +61,6 @@ def solve(
 ) -> Solution[FlowModel]:
     problem = ControlProblem(model, reward)
     return (solver or quick()).solve(problem, Context(**{"seed": SEED, **context}))
-
-
-def tensors(model: FlowModel) -> list[Tensor]:
-    return [p.detach() for p in model.trainable.parameters()]
-
-
-def same(first: FlowModel, second: FlowModel) -> bool:
-    pairs = zip(tensors(first), tensors(second), strict=True)
-    return all(torch.equal(p, q) for p, q in pairs)
 
 
 @dataclass(frozen=True, eq=False)

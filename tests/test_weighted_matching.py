@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from oracles.affine import EULER, Affine, K, law
+from oracles.affine import EULER, Affine, K, law, same, tensors
 from oracles.affine import affine as steps_affine
+from oracles.processes import Gloo
 from tiltflow.algorithms import mirror_descent
 from tiltflow.analytic import gaussian, ring
 from tiltflow.context import Context, Snapshot, Step
@@ -64,15 +64,6 @@ def solve(
 ) -> Solution[FlowModel]:
     problem = ControlProblem(model, reward)
     return (solver or quick()).solve(problem, Context(**{"seed": SEED, **context}))
-
-
-def tensors(model: FlowModel) -> list[Tensor]:
-    return [p.detach() for p in model.trainable.parameters()]
-
-
-def same(first: FlowModel, second: FlowModel) -> bool:
-    pairs = zip(tensors(first), tensors(second), strict=True)
-    return all(torch.equal(p, q) for p, q in pairs)
 
 
 # ---------------------------------------------------------------------------- closed forms
@@ -610,33 +601,6 @@ def test_nothing_to_train() -> None:
 
 
 # ---------------------------------------------------------------------------- several processes
-
-
-@dataclass(frozen=True)
-class Gloo:
-    """The smallest distributed backend: what ``accelerate.Accelerator`` does, by hand."""
-
-    process_index: int
-    num_processes: int = 2
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-    @property
-    def is_main_process(self) -> bool:
-        return self.process_index == 0
-
-    def backward(self, loss: Tensor, **kwargs: Any) -> None:
-        loss.backward(**kwargs)  # type: ignore[no-untyped-call]
-
-    def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: int = 2) -> Any:
-        return nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        return nullcontext()
-
-    def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
-        out = tensor.clone()
-        torch.distributed.all_reduce(out)
-        return out / self.num_processes if reduction == "mean" else out
 
 
 def process(rank: int, folder: str) -> None:

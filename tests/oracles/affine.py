@@ -72,3 +72,14 @@ def optimal_law(
     for gain, offset, noise in reversed(best):
         mean, variance = gain * mean + offset, gain**2 * variance + noise
     return mean, variance
+
+
+def tensors(model: FlowModel) -> list[Tensor]:
+    """What is trained."""
+    return [p.detach() for p in model.trainable.parameters()]
+
+
+def same(first: FlowModel, second: FlowModel) -> bool:
+    """Bit for bit."""
+    pairs = zip(tensors(first), tensors(second), strict=True)
+    return all(torch.equal(p, q) for p, q in pairs)
