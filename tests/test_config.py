@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tiltflow.config import interpret
 from tiltflow.errors import ConfigError, ShapeError, UnsupportedError
 from tiltflow.experiment import load, prepare, resolve
+from tiltflow.functional import Functional, Hinges
 from tiltflow.registry import kinds, summary
 from tiltflow.run import check
 from tiltflow.runfile import first_differences, override, parse_toml, read_toml, write_toml
@@ -189,6 +190,23 @@ def test_first_differences() -> None:
     theirs = {"a": 1, "b": {"c": [1, 3]}, "e": 5}
     found = first_differences(ours, theirs)
     assert found == [("b.c.1", 2, 3), ("b.d", 0, None), ("e", None, 5)]
+
+
+def test_shapes_of_certainty_equivalents() -> None:
+    """A utility with a shape, from a table and back."""
+    table = {
+        "kind": "CertaintyEquivalent",
+        "reward": {"kind": "Linear", "slope": [1.0]},
+        "shape": {"kind": "Hinges", "knots": [0.0], "slopes": [0.5, 3.0]},
+    }
+    node = interpret(Functional, table, "utility")
+    assert node.plain["shape"] == table["shape"]
+    utility = node.build({})
+    assert utility.shape == Hinges((0.0,), (0.5, 3.0))
+    wrong = {**table, "shape": {**table["shape"], "slopes": [2.0, 3.0]}}
+    node = interpret(Functional, wrong, "utility")
+    with pytest.raises(ConfigError, match=r"utility.shape: Hinges"):
+        node.build({})
 
 
 def test_every_kind_has_a_summary_and_known_arguments() -> None:

@@ -31,7 +31,7 @@ LAYERS = [
     "adapters rewards metrics",
     "models registry runfile signatures config tables experiment",
     "environment evaluation diagnosis recorder results rundir plots html_page inspection report "
-    "run",
+    "report_training run",
     "terminal cli __main__",
 ]
 RANK = {module: rank for rank, names in enumerate(LAYERS) for module in names.split()}

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
         RateRule,
         discover_modes,
         mirror_descent,
+        optimal_thresholds,
         plan,
         plan_and_tune,
         tail_aware,
-        tail_threshold,
     )
     from tiltflow.analytic import GaussianMixture, gaussian, ring
     from tiltflow.context import Backend, Context, SingleProcess, Snapshot, Step
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     )
     from tiltflow.features import Coordinates, FeatureMap, Features, Monomials
     from tiltflow.flow import ControlledProcess, FlowModel, Prediction, Process
-    from tiltflow.functional import Functional
+    from tiltflow.functional import Exponential, Functional, Hinges, Quadratic, Shape, SoftHinge
     from tiltflow.kernel import (
         Ancestral,
         Deterministic,
@@ -125,6 +125,7 @@ if TYPE_CHECKING:
     from tiltflow.training import Training
     from tiltflow.types import Access, Cond, Conditions, Estimate
     from tiltflow.utilities import (
+        CertaintyEquivalent,
         EntropicRisk,
         Entropy,
         ExpectedReward,
@@ -143,7 +144,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "algorithms": "Attempt Fixed Iterate LineSearch PathKLBound Planned Planning RateRule "
-    "discover_modes mirror_descent plan plan_and_tune tail_aware tail_threshold",
+    "discover_modes mirror_descent optimal_thresholds plan plan_and_tune tail_aware",
     "analytic": "GaussianMixture gaussian ring",
     "context": "Backend Context SingleProcess Snapshot Step",
     "delta": "Correction Delta Full MLP",
@@ -154,7 +155,7 @@ _HOMES = {
     "TiltflowError UnsupportedError",
     "features": "Coordinates FeatureMap Features Monomials",
     "flow": "ControlledProcess FlowModel Prediction Process",
-    "functional": "Functional",
+    "functional": "Exponential Functional Hinges Quadratic Shape SoftHinge",
     "kernel": "Ancestral Deterministic EulerMaruyama Heun Kernel LinearKernel MomentMatched "
     "Regridded Transition",
     "matching": "distil fit_flow",
@@ -173,8 +174,9 @@ _HOMES = {
     "space": "Euclidean Masked Space ZeroMean",
     "training": "Training",
     "types": "Access Cond Conditions Estimate",
-    "utilities": "EntropicRisk Entropy ExpectedReward KernelDiversity LeftCVaR LogBarrier "
-    "MeanVariance MomentMatching MutualInformation OptimalDesign RightCVaR SpectralRisk",
+    "utilities": "CertaintyEquivalent EntropicRisk Entropy ExpectedReward KernelDiversity "
+    "LeftCVaR LogBarrier MeanVariance MomentMatching MutualInformation OptimalDesign RightCVaR "
+    "SpectralRisk",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 
@@ -204,6 +206,7 @@ __all__ = [
     "BankSolver",
     "BlackBox",
     "CapabilityError",
+    "CertaintyEquivalent",
     "CheckpointError",
     "ChiSquare",
     "Cond",
@@ -231,6 +234,7 @@ __all__ = [
     "EulerMaruyama",
     "ExactRatio",
     "ExpectedReward",
+    "Exponential",
     "FeatureMap",
     "Features",
     "Fixed",
@@ -246,6 +250,7 @@ __all__ = [
     "Hellinger",
     "Heun",
     "Hinge",
+    "Hinges",
     "InverseMultiquadric",
     "Iterate",
     "JensenShannon",
@@ -278,6 +283,7 @@ __all__ = [
     "Potential",
     "Prediction",
     "Process",
+    "Quadratic",
     "Quadrature",
     "Rate",
     "RateRule",
@@ -292,10 +298,12 @@ __all__ = [
     "Sampler",
     "Schedule",
     "Seed",
+    "Shape",
     "ShapeError",
     "Similarity",
     "SingleProcess",
     "Snapshot",
+    "SoftHinge",
     "Solution",
     "Solver",
     "Space",
@@ -320,11 +328,11 @@ __all__ = [
     "fit_flow",
     "gaussian",
     "mirror_descent",
+    "optimal_thresholds",
     "path_kl",
     "path_log_density",
     "plan",
     "plan_and_tune",
     "ring",
     "tail_aware",
-    "tail_threshold",
 ]

@@ -35,6 +35,7 @@ from tiltflow.signatures import (
     described,
     expected,
     is_a,
+    kinds_of_table,
     settable,
 )
 
@@ -194,6 +195,9 @@ def _scalar(hint: Any, value: Plain, path: str) -> Leaf:
 def _union(hints: Sequence[Any], value: Plain, path: str) -> Node:
     """The first alternative that fits; for a table, the complaint of the one that takes tables."""
     rest = [h for h in hints if h is not type(None) and settable(h)]
+    kinds = {name: h for h in rest for name in kinds_of_table(h)}
+    if isinstance(value, dict) and len(kinds) > 1:
+        return _alternative(kinds, value, path)
     if type(None) in hints and value == NONE and str not in rest:
         return Leaf(NONE, None)
     complaint: ConfigError | None = None
@@ -210,7 +214,21 @@ def _union(hints: Sequence[Any], value: Plain, path: str) -> Node:
                 complaint = complaint or error
     if len(rest) == 1:
         return interpret(rest[0], value, path)
-    raise complaint or _mismatch(path, " or ".join(expected(h) for h in rest), value)
+    words = dict.fromkeys(expected(h) for h in rest)
+    raise complaint or _mismatch(path, " or ".join(words), value)
+
+
+def _alternative(tables: Mapping[str, Constructor], value: Plain, path: str) -> Node:
+    """The table that ``kind`` names; without one, the first."""
+    kind = str(_choice(tuple(tables), value.get("kind", next(iter(tables))), f"{path}.kind").plain)
+    mine = arguments_of(tables[kind])
+    for key in value:
+        owners = [repr(name) for name, other in tables.items() if key in arguments_of(other)]
+        if key not in mine and owners:
+            raise ConfigError(
+                f"{path}.{key}: belongs to kind {' or '.join(owners)}, but kind is {kind!r} here."
+            )
+    return interpret(tables[kind], value, path)
 
 
 def _choice(names: Sequence[Any], value: Plain, path: str) -> Leaf:

@@ -18,6 +18,8 @@ COLLAPSE = 0.5
 """A class with less than this part of its pre-trained share has collapsed."""
 SMALL_ESS = 0.1
 """Effective share of the samples under which the distance to the optimum is large."""
+OFF_LEVEL = 0.1
+"""Relative error of a tail mass that is worth a word, if it is also three standard errors."""
 SLOPES = (0.7, 1.4)
 """Slope of the achieved tilt that counts as having arrived."""
 
@@ -163,6 +165,31 @@ def _unconverged(facts: Facts) -> Finding | None:
     )  # fmt: skip
 
 
+def _off_level(facts: Facts) -> Finding | None:
+    """After a tail-aware run: E u'(r - y*) should be 1, which for a CVaR is a tail mass."""
+    drive, error = facts.stats.get("drive"), facts.stats.get("drive_error", 0.0)
+    if drive is None or abs(drive - 1) <= max(OFF_LEVEL, 3 * error):
+        return None
+    level = facts.stats.get("level_mass")
+    if level is None:
+        told = (
+            f"E u'(r - y*) is {drive:.3g} ± {error:.1g} at the threshold y* where it should be 1"
+        )
+    else:
+        told = (
+            f"{level * drive:.1%} ± {level * error:.1%} of the tuned model's samples are beyond "
+            f"the threshold, which should be {level:.1%}"
+        )
+    rounds = facts.stats.get("rounds", 1.0)
+    return Finding(
+        "note", "The tuned model's tail is not that of the plan",
+        f"{told[0].upper()}{told[1:]}. The training has not come as far as stage 1 planned, or "
+        "went too far: train longer or with more trajectories, or give algorithm.max_rounds = "
+        f"{rounds + 1:.0f} or more, which finds the threshold again on samples of the tuned "
+        "model. Rewards that are tied at the threshold look the same.",
+    )  # fmt: skip
+
+
 def _small_ess(facts: Facts) -> Finding | None:
     ess = facts.after.get("tilt.ess")
     if ess is None or ess.value >= SMALL_ESS:
@@ -190,5 +217,6 @@ def _unmatched(facts: Facts) -> Finding | None:
 
 
 _RULES: tuple[Callable[[Facts], Finding | None], ...] = (
-    _hacking, _judged, _still, _collapse, _starved, _unconverged, _small_ess, _unmatched,
+    _hacking, _judged, _still, _collapse, _starved, _off_level, _unconverged, _small_ess,
+    _unmatched,
 )  # fmt: skip

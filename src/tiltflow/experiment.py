@@ -20,7 +20,7 @@ from tiltflow.potential import Potential
 from tiltflow.runfile import Plain, override, read_toml
 from tiltflow.sample import Sampler, calibrated
 from tiltflow.seed import Seed
-from tiltflow.tables import Experiment, MirrorDescent
+from tiltflow.tables import Experiment, MirrorDescent, TailAware
 
 PRETRAINED = "pretrained"
 """The model that is tuned; ``[models]`` must have it."""
@@ -47,6 +47,8 @@ class Plan:
     def planned(self) -> bool:
         """Whether the iterations run on a bank, with one training, or train in every step."""
         algorithm = self.experiment.algorithm
+        if isinstance(algorithm, TailAware):
+            return False
         if algorithm.open:
             return worth_planning(self.objective, self.prior)
         return algorithm.way == "plan"
@@ -84,7 +86,7 @@ def prepare(tree: Table, device: torch.device | None = None) -> Plan:
     """
     solver = tree.fields["solver"].build({})
     recipes: Mapping[str, Model] = tree.fields["models"].build({})
-    algorithm: MirrorDescent = tree.fields["algorithm"].build({})
+    algorithm: MirrorDescent | TailAware = tree.fields["algorithm"].build({})
     sampler = getattr(solver, "sampler", None) or Sampler()
     root = Seed(int(tree.plain["seed"])).child("models")
     loaded = {
@@ -100,7 +102,9 @@ def prepare(tree: Table, device: torch.device | None = None) -> Plan:
         experiment, tree.plain, loaded[PRETRAINED], scope[PRETRAINED],
         experiment.objective.functional, _reward(experiment),
     )  # fmt: skip
-    if not plan.planned:
+    if isinstance(algorithm, TailAware):
+        algorithm.utility_of(experiment.objective, plan.prior)
+    elif not plan.planned:
         algorithm.schedule_of_rates(experiment.objective.weight)
     return plan
 

@@ -75,6 +75,15 @@ def number(estimate: Mapping[str, Any] | None, digits: int = 4) -> str:
     return f"{value:.{decimals}f} <small>± {error:.{decimals}f}</small>"
 
 
+def interval(ends: Sequence[float]) -> str:
+    """``-1.83 to -1.74``, with as many digits as its length deserves."""
+    low, high = ends
+    if not high > low:
+        return f"{low:.4g}"
+    decimals = min(6, max(0, 1 - int(f"{high - low:e}".split("e")[1])))
+    return f"{low:.{decimals}f} to {high:.{decimals}f}"
+
+
 def plain(estimate: Mapping[str, Any]) -> str:
     """``number`` without mark-up."""
     return number(estimate).replace("<small>", "").replace("</small>", "")

@@ -13,6 +13,7 @@ from tiltflow.config import Leaf, Name, Node, Table
 from tiltflow.experiment import Plan
 from tiltflow.flow import device_of
 from tiltflow.run import check
+from tiltflow.tables import TailAware
 from tiltflow.training import Training
 
 BACKWARD = 2.5
@@ -67,7 +68,7 @@ def _tree(node: Node, depth: int) -> Iterator[str]:
 def estimate(plan: Plan) -> Cost:
     """Time a few evaluations of the network and count how often they will be needed."""
     experiment = plan.experiment
-    algorithm, settings, sampler = experiment.algorithm, experiment.evaluate, plan.training_sampler
+    settings, sampler = experiment.evaluate, plan.training_sampler
     solver = experiment.solver
     training = getattr(solver, "training", None)
     updates = training.num_updates if isinstance(training, Training) else 0
@@ -76,20 +77,29 @@ def estimate(plan: Plan) -> Cost:
     batch = int(getattr(solver, "batch_size", None) or 256)
     rollouts = updates / reuse * paths * sampler.num_steps * (2 + BACKWARD)
     solve = rollouts + updates * batch * (1 + BACKWARD)
-    solves = algorithm.num_iterations + (experiment.baseline is not None)
-    banks = (algorithm.num_iterations + 1) * algorithm.num_samples * sampler.num_steps
-    if plan.planned:
-        banks += algorithm.planning.bank_size * sampler.num_steps
+    trainings, drawn = _planned_work(plan)
+    solves, banks = trainings + (experiment.baseline is not None), drawn * sampler.num_steps
     if experiment.baseline is not None:
         banks += experiment.baseline.num_samples * sampler.num_steps
     models = 2 + (experiment.baseline is not None)
     final_draws = models * settings.num_samples * settings.sampler.num_steps * 3
     evaluations = solves * solve + banks + final_draws
     size = plan.pretrained.model.space.dimension(1).item() * 4
-    memory = paths * sampler.num_steps * size * 4 + 3 * size * algorithm.num_samples
+    memory = paths * sampler.num_steps * size * 4 + 3 * size * experiment.algorithm.num_samples
     parameters = sum(p.numel() for p in plan.pretrained.model.net.parameters())
     memory += 4 * 6 * (parameters + _count(plan)) + 2 * 1024 * sampler.num_steps * size
     return Cost(evaluations, evaluations * _seconds_per_state(plan, paths), memory)
+
+
+def _planned_work(plan: Plan) -> tuple[int, int]:
+    """Trainings (at most) of the main solve, and samples drawn for its banks."""
+    algorithm = plan.experiment.algorithm
+    if isinstance(algorithm, TailAware):
+        rounds = algorithm.max_rounds
+        return rounds, rounds * (algorithm.bank_size + algorithm.num_samples)
+    banks = (algorithm.num_iterations + 1) * algorithm.num_samples
+    bank = algorithm.planning.bank_size if plan.planned else 0
+    return algorithm.num_iterations, banks + bank
 
 
 @torch.no_grad()

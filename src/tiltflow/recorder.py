@@ -13,11 +13,13 @@ import torch
 from torch import nn
 
 from tiltflow.algorithms.mirror_descent import Iterate
+from tiltflow.algorithms.thresholds import Thresholds
 from tiltflow.context import Context, SingleProcess, Snapshot, Step
 from tiltflow.experiment import Plan
 from tiltflow.flow import FlowModel
 from tiltflow.problem import Solution
 from tiltflow.rundir import RunDirectory, Solved, iteration_name
+from tiltflow.tables import TailAware
 from tiltflow.types import Estimate
 
 LINES_PER_TRAINING = 200
@@ -123,7 +125,16 @@ class Recorder:
             "stationarity": plain_json(iterate.stationarity),
             "step_kl": plain_json(iterate.step_kl), "result": solution.result.name,
         }  # fmt: skip
-        self.line(kind="iteration", number=number, **notes, stats=dict(solution.stats))
+        self._finished("iteration", number, solution, notes)
+
+    def on_round(self, number: int, found: Thresholds, solution: Solution[FlowModel]) -> None:
+        notes = {"way": "tail_aware", "result": solution.result.name}
+        self._finished("round", number, solution, notes)
+
+    def _finished(
+        self, kind: str, number: int, solution: Solution[FlowModel], notes: Mapping[str, Any]
+    ) -> None:
+        self.line(kind=kind, number=number, **notes, stats=dict(solution.stats))
         self.save(iteration_name(number), solution, notes)
         self.stopwatch.lap("training")
         self.iteration = number + 1
@@ -145,7 +156,10 @@ class Recorder:
             return "baseline"
         if self.plan.planned:
             return f"round {self.iteration + 1}"
-        total = self.plan.experiment.algorithm.num_iterations
+        algorithm = self.plan.experiment.algorithm
+        if isinstance(algorithm, TailAware):
+            return f"round {self.iteration + 1}/{algorithm.max_rounds}"
+        total = algorithm.num_iterations
         return f"iteration {min(self.iteration + 1, total)}/{total}"
 
 

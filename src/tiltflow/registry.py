@@ -24,6 +24,7 @@ GROUPS: dict[str, str] = {
     "features": "tiltflow.features",
     "similarities": "tiltflow.similarity",
     "ratios": "tiltflow.ratio",
+    "shapes": "tiltflow.functional.shapes",
 }
 """Name of a group -> the module whose public classes it holds."""
 

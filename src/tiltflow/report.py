@@ -13,7 +13,8 @@ from tiltflow import plots
 from tiltflow.adapters.checkpoint import load_tensors, write_atomic
 from tiltflow.diagnosis import EXPLANATIONS
 from tiltflow.errors import ConfigError, UnsupportedError
-from tiltflow.html_page import MISSING, image, number, page, plain, section, table
+from tiltflow.html_page import MISSING, image, interval, number, page, plain, section, table
+from tiltflow.report_training import training, two_stages
 from tiltflow.rundir import RunDirectory
 
 Samples = Mapping[str, tuple[Tensor, Tensor]]
@@ -70,8 +71,8 @@ def render(
     """The HTML text."""
     parts = [
         _head(data), _findings(data), _result(data), _rewards(data, samples),
-        _samples(data, samples), _shares(data), _diagnostics(data), _training(data, records),
-        _cost(data), _expectations(data), _appendix(data, environment),
+        _samples(data, samples), _shares(data), _diagnostics(data), two_stages(data),
+        training(data, records), _cost(data), _expectations(data), _appendix(data, environment),
     ]  # fmt: skip
     return page(str(data["name"]), parts)
 
@@ -151,6 +152,10 @@ def _result(data: Mapping[str, Any]) -> str:
         for label, key, kind in rows
         if any(key in numbers[m] for m in numbers)
     ]
+    known = data.get("intervals", {})
+    if known:
+        ends = [interval(known[m]["tails.left_cvar"]) for m in numbers]
+        body.insert(2, ("", ["… its 95 % interval, by the bootstrap", *ends]))
     note = (
         "All models are sampled with the same noise, so that differences are sharper than values."
     )
@@ -220,34 +225,6 @@ def _diagnostics(data: Mapping[str, Any]) -> str:
         "Diagnostics", table(["", *(_TITLES[m] for m in models)], rows,
                               note if "baseline" in models else ""),
     )  # fmt: skip
-
-
-def _training(data: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
-    parts = []
-    if plots.available():
-        updates = [r for r in records if r["kind"] == "update"]
-        for fig in (plots.iterations_figure(data["iterations"]), plots.training_figure(updates)):
-            if fig is not None:
-                parts.append(_figure(fig, "Training curves"))
-    rows = [("", _iteration(k, i)) for k, i in enumerate(data["iterations"])]
-    header = [
-        "training", "rate or steps", "objective", "stationarity", "KL of the step", "gap",
-        "solver",
-    ]  # fmt: skip
-    note = (
-        "Objective and stationarity (0: optimal) are estimated on the iteration's own bank. Gap: "
-        "nats between what the solver reached and the exact optimum of its step, by its own "
-        "account. Curves: blue, from light to dark, the iterations; orange the baseline."
-    )
-    return section("Training", *parts, table(header, rows, note))
-
-
-def _iteration(k: int, i: Mapping[str, Any]) -> list[str]:
-    cells = [i["stationarity"], i["step_kl"], i["stats"].get("gap")]
-    shown = [MISSING if c is None else f"{c:.3g}" for c in cells]
-    planned = i["stats"].get("plan_iterations")
-    step = f"{planned:.0f} on a bank" if i["rate"] is None else f"{i['rate']:.4g}"
-    return [str(k + 1), step, number(i["objective"]), *shown, i["result"]]
 
 
 def _cost(data: Mapping[str, Any]) -> str:

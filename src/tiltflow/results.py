@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,12 +16,14 @@ from tiltflow.errors import ConfigError
 from tiltflow.evaluation import Drawn, class_shares, compare, draw, measure, tilt
 from tiltflow.experiment import Plan
 from tiltflow.flow import FlowModel
+from tiltflow.metrics import bootstrap_interval
 from tiltflow.potential import Potential
 from tiltflow.problem import Solution
 from tiltflow.recorder import Drive, Progress, Stopwatch, finished_iterations, plain_json
 from tiltflow.run import Outcome
 from tiltflow.rundir import RunDirectory
 from tiltflow.runfile import nearest, write_toml
+from tiltflow.tables import TailAware
 from tiltflow.types import Access, Estimate
 
 Numbers = Mapping[str, Estimate]
@@ -44,6 +47,7 @@ def evaluate(
     drawn = {name: _draw(plan, name, model, drive) for name, model in models.items()}
     numbers = {name: _numbers(plan, each, drawn["pretrained"]) for name, each in drawn.items()}
     numbers["tuned"] |= _achieved(plan, outcome.tuned, drawn["tuned"])
+    numbers["tuned"] |= _of_thresholds(plan, outcome.tuned, numbers["tuned"])
     if outcome.baseline is not None and outcome.baseline_rate is not None:
         numbers["baseline"] |= _baseline_tilt(plan, outcome.baseline_rate, drawn["baseline"])
     shares = _shares(plan, drawn)
@@ -57,6 +61,9 @@ def evaluate(
         _save_samples(directory, name, each_drawn, plan.experiment.evaluate.keep)
     stopwatch.lap("evaluation")
     report = _assemble(plan, outcome, directory, numbers, shares, expectations, findings)
+    report["intervals"] = {name: _intervals(plan, each) for name, each in drawn.items()}
+    if isinstance(plan.experiment.algorithm, TailAware):
+        report["tail_aware"] = _two_stages(plan, plan.experiment.algorithm, report)
     directory.write_json(directory.report, report)
     return report
 
@@ -99,6 +106,50 @@ def _achieved(plan: Plan, tuned: Solution[FlowModel], drawn: Drawn) -> dict[str,
         return {}
     target = (1 / objective.weight) * objective.utility.first_variation(density)
     return tilt(drawn, target)
+
+
+def _of_thresholds(
+    plan: Plan, tuned: Solution[FlowModel], numbers: Numbers
+) -> dict[str, Estimate]:
+    """What a tail-aware run planned, and what the tuned model made of it."""
+    if not isinstance(plan.experiment.algorithm, TailAware):
+        return {}
+    stats, weight, kl = tuned.stats, plan.experiment.objective.weight, numbers["path_kl"]
+    known = {k: Estimate(v) for k, v in stats.items() if k.startswith(("threshold", "plan_"))}
+    known["plan_utility"] = Estimate(stats["plan_objective"] + stats["weight"] * stats["plan_kl"])
+    for name, key in (("utility", "tail"), ("drive", "drive"), ("tail_mass", "tail_mass")):
+        if key in stats:
+            known[name] = Estimate(stats[key], stats[f"{key}_error"])
+    # The utility and the KL are measured on different samples.
+    error = math.hypot(known["utility"].standard_error, weight * kl.standard_error)
+    known["objective"] = Estimate(known["utility"].value - weight * kl.value, error)
+    return {f"tail_aware.{name}": estimate for name, estimate in known.items()}
+
+
+def _two_stages(plan: Plan, settings: TailAware, report: Mapping[str, Any]) -> dict[str, Any]:
+    """Stage 1 beside what was measured after stage 2, for ``report.json``."""
+    stats, numbers = report["solves"]["tuned"]["stats"], report["numbers"]["tuned"]
+    return {
+        "thresholds": [v for k, v in stats.items() if k.startswith("threshold")],
+        "level": stats.get("level_mass"), "tail_mass": numbers.get("tail_aware.tail_mass"),
+        "drive": numbers["tail_aware.drive"],
+        "planned": {k: stats[f"plan_{k}"] for k in ("objective", "kl")}
+        | {"utility": numbers["tail_aware.plan_utility"]["value"]},
+        "measured": {"objective": numbers["tail_aware.objective"], "kl": numbers["path_kl"],
+                     "utility": numbers["tail_aware.utility"]},
+        "weight": plan.experiment.objective.weight, "reached_weight": stats["weight"],
+        "beyond": stats["beyond"], "bank": stats["bank"], "active": stats["active"],
+        "rounds": stats["rounds"], "max_rounds": settings.max_rounds,
+        "settled": bool(stats["settled"]),
+    }  # fmt: skip
+
+
+def _intervals(plan: Plan, drawn: Drawn) -> dict[str, tuple[float, float]]:
+    """95 % intervals of the tail means at the first level, by the bootstrap."""
+    level, seed = plan.experiment.evaluate.levels[0], plan.seed.child("evaluation", "bootstrap")
+    left = bootstrap_interval(drawn.rewards, level, "left", seed=seed)
+    right = bootstrap_interval(drawn.rewards, 1 - level, "right", seed=seed)
+    return {"tails.left_cvar": left, "tails.right_cvar": right}
 
 
 def _baseline_tilt(plan: Plan, rate: float, drawn: Drawn) -> dict[str, Estimate]:

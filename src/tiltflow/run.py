@@ -10,6 +10,7 @@ import torch
 
 from tiltflow.algorithms.mirror_descent import mirror_descent
 from tiltflow.algorithms.planning import plan_and_tune
+from tiltflow.algorithms.tail_aware import tail_aware
 from tiltflow.density import Density
 from tiltflow.environment import environment
 from tiltflow.errors import CapabilityError, ConfigError
@@ -22,7 +23,7 @@ from tiltflow.recorder import Drive, Recorder, finished_iterations
 from tiltflow.rundir import RunDirectory, Solved
 from tiltflow.sample import Sampler, path_kl
 from tiltflow.seed import Seed
-from tiltflow.tables import Baseline
+from tiltflow.tables import Baseline, TailAware
 from tiltflow.types import Access, Estimate
 
 
@@ -43,11 +44,14 @@ def check(plan: Plan) -> Access:
         what the first variation of the objective offers at the pre-trained density.
     """
     experiment = plan.experiment
-    offered = plan.objective.offers_at(plan.prior)
+    # A tail-aware run only ever follows its utility; the KL is the solver's own.
+    of_tail = isinstance(experiment.algorithm, TailAware)
+    followed = experiment.objective.utility if of_tail else plan.objective
+    offered = followed.offers_at(plan.prior)
     needs, user = experiment.solver.needs, type(experiment.solver).__name__
     if needs & ~offered:
         raise CapabilityError(
-            f"{user} needs {needs} of the objective's first variation, but {plan.objective} "
+            f"{user} needs {needs} of the objective's first variation, but {followed} "
             f"offers {offered} here. Use a solver that does without, or a differentiable reward."
         )
     plan.reward.require(Access.VALUE, "The evaluation")
@@ -121,6 +125,8 @@ def _tune(plan: Plan, directory: RunDirectory, recorder: Recorder) -> Solution[F
     completed = [_solution(plan, solved) for solved in recorder.solved]
     if completed and _ended(plan, recorder.solved):
         return completed[-1]
+    if isinstance(algorithm, TailAware):
+        return _tune_tail(plan, algorithm, recorder, completed)
     if plan.planned:
         return plan_and_tune(
             plan.objective, plan.pretrained.model, plan.experiment.solver, prior=plan.prior,
@@ -137,9 +143,25 @@ def _tune(plan: Plan, directory: RunDirectory, recorder: Recorder) -> Solution[F
     return solution
 
 
+def _tune_tail(
+    plan: Plan, settings: TailAware, recorder: Recorder, completed: list[Solution[FlowModel]]
+) -> Solution[FlowModel]:
+    """The main solve of a tail-aware run."""
+    objective = plan.experiment.objective
+    return tail_aware(
+        settings.utility_of(objective, plan.prior), plan.pretrained.model,
+        plan.experiment.solver, weight=objective.weight, prior=plan.prior,
+        context=recorder.context(), bank_size=settings.bank_size, max_rounds=settings.max_rounds,
+        ease=settings.ease, anyway=settings.anyway, completed=completed,
+        on_round=recorder.on_round,
+    )  # fmt: skip
+
+
 def _ended(plan: Plan, solved: Sequence[Solved]) -> bool:
     """Whether no iteration is left: by number, by tolerance, or because the solver gave up."""
     algorithm, last = plan.experiment.algorithm, solved[-1]
+    if isinstance(algorithm, TailAware):
+        return bool(last.stats["settled"]) or len(solved) >= algorithm.max_rounds
     if last.result in (Result.STARVED, Result.DEGENERATE):
         return True
     if plan.planned:

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from tiltflow.algorithms.mirror_descent import mirror_descent
 from tiltflow.algorithms.rates import RateRule
+from tiltflow.algorithms.tail_aware import tail_aware
 from tiltflow.density import Density
 from tiltflow.errors import ConfigError
 from tiltflow.features import Features
-from tiltflow.functional import Functional
+from tiltflow.functional import Functional, Shape
 from tiltflow.kernel import Kernel, LinearKernel
 from tiltflow.models import Model
 from tiltflow.potential import Potential, Reward
@@ -43,6 +44,7 @@ GROUPS_OF: dict[Any, tuple[str, ...]] = {
     Features: ("features",),
     Similarity: ("similarities",),
     RatioEstimator: ("ratios",),
+    Shape: ("shapes",),
 }
 """A hint of this class is a choice: the table's ``kind`` names a member of these groups."""
 
@@ -139,11 +141,20 @@ def is_a(constructor: Constructor, base: Any) -> bool:
     return inspect.isclass(constructor) and issubclass(constructor, base)
 
 
+def kinds_of_table(hint: Any) -> tuple[str, ...]:
+    """The values of ``kind`` with which a union's table means this alternative, if it has one."""
+    if not (inspect.isclass(hint) and dataclasses.is_dataclass(hint)):
+        return ()
+    kind = _hints(hint).get("kind")
+    return get_args(kind) if get_origin(kind) is Literal else ()
+
+
 def choices(group: str) -> dict[str, Constructor]:
     """What a run file can name in a group, for listing; algorithms are functions."""
     bases = [base for base, groups in GROUPS_OF.items() if group in groups]
     found = {n: c for n, c in kinds(group).items() if any(is_a(c, base) for base in bases)}
-    return found | ({"mirror_descent": mirror_descent} if group == "algorithms" else {})
+    loops: dict[str, Constructor] = {"mirror_descent": mirror_descent, "tail_aware": tail_aware}
+    return found | (loops if group == "algorithms" else {})
 
 
 def described(value: Any) -> Plain:
@@ -186,7 +197,8 @@ def expected(hint: Any) -> str:
     if origin in (Mapping, dict):
         return "a table"
     if origin in (Union, types.UnionType):
-        return " or ".join(expected(h) for h in get_args(hint) if h is not type(None))
+        words = [expected(h) for h in get_args(hint) if h is not type(None)]
+        return " or ".join(dict.fromkeys(words))
     if origin is Literal:
         return f"one of {', '.join(map(repr, get_args(hint)))}"
     return names.get(hint, "a table")

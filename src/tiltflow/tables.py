@@ -8,7 +8,9 @@ from typing import Literal, final
 
 from tiltflow.algorithms.bank_plan import Planning
 from tiltflow.algorithms.rates import RateRule
-from tiltflow.density import FlowDensity
+from tiltflow.algorithms.thresholds import Ease
+from tiltflow.density import Density, FlowDensity
+from tiltflow.divergences import KL
 from tiltflow.errors import ConfigError
 from tiltflow.flow import FlowModel
 from tiltflow.functional import Functional
@@ -145,6 +147,84 @@ class MirrorDescent:
 
 @final
 @dataclass(frozen=True, kw_only=True)
+class TailAware:
+    """Settings of ``algorithms.tail_aware``: thresholds first, then one training.
+
+    The objective must be one such utility less one ``KL`` from ``pretrained``; its weight is that
+    of both stages.
+
+    Args:
+        bank_size: pre-trained samples that a threshold is found on, default 10,000; more where the
+            tail needs them.
+        max_rounds: trainings at most, default 1. With one, a weight at which the training would
+            starve is refused before it; with more, it is approached by way of milder problems.
+        ease: what is made milder there: ``"weight"`` (the default), ``"level"`` or ``"width"``
+            (``thresholds.eased``).
+        anyway: train with a warning where it would be refused, default false.
+        num_samples: fresh samples of the tuned model on which its tail is measured, default 4096;
+            more where the tail is thin.
+        score_time: time at which scores are read, default 0.99; for a baseline that needs them.
+    """
+
+    kind: Literal["tail_aware"] = "tail_aware"
+    bank_size: int = 10_000
+    max_rounds: int = 1
+    ease: Ease = "weight"
+    anyway: bool = False
+    num_samples: int = 4096
+    score_time: float = 0.99
+
+    def __post_init__(self) -> None:
+        if self.bank_size < 2 or self.max_rounds < 1 or self.num_samples < 2:
+            raise ConfigError(
+                "bank_size and num_samples must be at least 2, and max_rounds at least 1."
+            )
+
+    def density(self, model: FlowModel, sampler: Sampler, seed: Seed) -> FlowDensity:
+        """The law of a model."""
+        return FlowDensity(
+            model, sampler=sampler, num_samples=self.num_samples, seed=seed,
+            score_time=self.score_time,
+        )  # fmt: skip
+
+    def utility_of(self, objective: Objective, prior: Density) -> Functional:
+        """The utility, if the objective is one that this algorithm solves.
+
+        Args:
+            objective: of the run file.
+            prior: the law of ``pretrained``.
+
+        Raises:
+            ConfigError: if it is not; names the key.
+        """
+        if objective.utilities:
+            raise _unsolved("objective.utilities", "there are more utilities")
+        if len(objective.divergences) != 1:
+            raise _unsolved("objective.divergences", f"there are {len(objective.divergences)}")
+        (term,) = objective.divergences
+        if not isinstance(term.functional, KL) or term.functional.prior is not prior:
+            told = f"{term.functional} is not a KL from pretrained"
+            raise _unsolved("objective.divergences.0", told)
+        parts = objective.utility.certainties()
+        if not parts:
+            told = f"{objective.utility} is not a certainty equivalent"
+            raise _unsolved("objective.utility", told)
+        if {part.shape.bend for part in parts} >= {"convex", "concave"}:
+            told = f"{objective.utility} favours the best and guards against the worst as well"
+            raise _unsolved("objective.utility", told)
+        return objective.utility
+
+
+def _unsolved(key: str, told: str) -> ConfigError:
+    return ConfigError(
+        f'{key}: {told}, but algorithm.kind = "tail_aware" maximises one certainty '
+        "equivalent (a CVaR, a spectral or entropic risk, ...) less one KL from pretrained. Use "
+        'algorithm.kind = "mirror_descent", which takes any objective.'
+    )
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
 class Evaluate:
     """How the result is measured.
 
@@ -214,7 +294,7 @@ class Experiment:
         precision: of the networks, ``"fp32"`` or ``"bf16"``.
         models: by name; ``pretrained`` is the one that is tuned.
         objective: what is maximised.
-        algorithm: the outer loop.
+        algorithm: the outer loop; ``kind`` says which, default ``"mirror_descent"``.
         solver: the inner solver.
         evaluate: how the result is measured.
         baseline: an optional comparison.
@@ -226,7 +306,7 @@ class Experiment:
     precision: Literal["fp32", "bf16"] = "fp32"
     models: Mapping[str, Model]
     objective: Objective
-    algorithm: MirrorDescent = field(default_factory=MirrorDescent)
+    algorithm: MirrorDescent | TailAware = field(default_factory=MirrorDescent)
     solver: Solver[FlowModel]
     evaluate: Evaluate = field(default_factory=Evaluate)
     baseline: Baseline | None = None

@@ -20,6 +20,7 @@ def summary_text(report: dict[str, Any]) -> str:
         ("median reward", "reward.median"), ("path-KL (nats)", "path_kl"),
         ("gain of worst / way to median", "gain.tail_to_median"),
         *((f"{judge} mean", f"{judge}.mean") for judge in report["judges"]),
+        ("beyond the threshold", "tail_aware.tail_mass"),
         ("achieved tilt, slope", "tilt.slope"), ("achieved tilt, R²", "tilt.r2"),
     ]  # fmt: skip
     lines = ["".join([f"{'':30}", *(f"{name:>22}" for name in numbers)])]

@@ -27,12 +27,13 @@ from tiltflow.divergences import (
     Wasserstein,
 )
 from tiltflow.features import FeatureMap, Features
-from tiltflow.functional import Functional
+from tiltflow.functional import Exponential, Functional, Hinges
 from tiltflow.potential import Differentiable, Potential
 from tiltflow.rewards.points import Linear
 from tiltflow.seed import Seed
 from tiltflow.similarity import GaussianSimilarity
 from tiltflow.utilities import (
+    CertaintyEquivalent,
     EntropicRisk,
     Entropy,
     ExpectedReward,
@@ -209,6 +210,10 @@ GATEAUX_FEATURES: Features = FeatureMap(lambda x: torch.cat([x, x.cos()], 1))
 # prior) -> functional. A new functional adds its line here and is under contract. What stands
 # behind the name of a class, after a blank, distinguishes its variants.
 FUNCTIONALS: dict[str, Callable[[Potential, Density], Functional]] = {
+    "CertaintyEquivalent": lambda r, prior: CertaintyEquivalent(r, Exponential(0.6)),
+    "CertaintyEquivalent left": lambda r, prior: CertaintyEquivalent(
+        r, Hinges((-0.4, 0.3), (2.0, 1.2, 0.1))
+    ),
     "ChiSquare": lambda r, prior: ChiSquare(prior),
     "EnergyDistance": lambda r, prior: EnergyDistance(prior),
     "EntropicRisk": lambda r, prior: EntropicRisk(r, -0.8),

@@ -6,7 +6,7 @@ from tiltflow.algorithms.modes import discover_modes
 from tiltflow.algorithms.planning import plan_and_tune
 from tiltflow.algorithms.rates import Attempt, Fixed, LineSearch, PathKLBound, RateRule
 from tiltflow.algorithms.tail_aware import tail_aware
-from tiltflow.algorithms.thresholds import Threshold, smallest_weight, tail_threshold
+from tiltflow.algorithms.thresholds import Thresholds, optimal_thresholds, smallest_weight
 
 __all__ = [
     "Attempt",
@@ -17,12 +17,12 @@ __all__ = [
     "Planned",
     "Planning",
     "RateRule",
-    "Threshold",
+    "Thresholds",
     "discover_modes",
     "mirror_descent",
+    "optimal_thresholds",
     "plan",
     "plan_and_tune",
     "smallest_weight",
     "tail_aware",
-    "tail_threshold",
 ]

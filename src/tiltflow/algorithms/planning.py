@@ -137,7 +137,7 @@ class _Job:
             "plan_exhausted": float(planned.exhausted),
         }  # fmt: skip
         result = solution.result
-        if r == 0 and _untouched(stats.get("path_kl", math.nan), planned.kl):
+        if r == 0 and untouched(stats.get("path_kl", math.nan), planned.kl):
             result = Result.STARVED
             warnings.warn(
                 f"plan_and_tune: the plan is {planned.kl:.3g} nats from the start, but the tuned "
@@ -159,7 +159,7 @@ class _Job:
         return Iterate(r, math.nan, worth, gap, last.stats["step_kl"], last)
 
 
-def _untouched(path_kl: float, planned: float) -> bool:
+def untouched(path_kl: float, planned: float) -> bool:
     """Whether a model stayed where it was: its path KL is at least the KL of its samples."""
     return planned > SMALL_PLAN and path_kl < MISSED * planned
 

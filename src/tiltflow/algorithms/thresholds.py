@@ -1,22 +1,22 @@
-"""The threshold of Tail-aware Flow Fine-Tuning: stage 1, on a bank of pre-trained samples."""
+"""Thresholds of Tail-aware Flow Fine-Tuning: stage 1, on a bank of pre-trained samples."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, final
 
 import torch
-from torch import Tensor
 
+from tiltflow.algorithms.threshold_search import Dual, best_thresholds
 from tiltflow.density import Density
 from tiltflow.errors import ConfigError, UnsupportedError
-from tiltflow.functional import influence
-from tiltflow.potential import Hinge, Potential, remembering
-from tiltflow.solvers.weighted_bank import groups_of
-from tiltflow.utilities import LeftCVaR, RightCVaR
+from tiltflow.functional import Certainty, Functional, Hinges, SoftHinge, influence, spread
+from tiltflow.potential import Potential, combine, remembering
 
-Side: TypeAlias = Literal["above", "below"]
+Ease: TypeAlias = Literal["weight", "level", "width"]
+"""What is made milder where a bank is too small: the KL weighs more, the tails are wider, or
+their hinges are rounded."""
 
 ACTIVE = 0.01
 """Below this part of the pre-trained samples beyond the threshold, training would starve."""
@@ -24,59 +24,94 @@ ACTIVE = 0.01
 BEYOND = 30
 """With fewer samples of the bank beyond the threshold, it is the bank's, not the law's."""
 
+UNSURE = 0.25
+"""Relative standard error of the tail mass beyond which the thresholds of a bank are noise."""
+
 CARRIED = 0.5
 """Part of the logarithm of the bank's size up to which it knows the KL of a tilt."""
 
 
 @final
 @dataclass(frozen=True)
-class Threshold:
-    """The optimum of a tail less ``weight`` KL on a bank (Tail-aware Flow Fine-Tuning, stage 1).
+class Thresholds:
+    """The optimum of certainty equivalents less ``weight`` KL on a bank (TFFT, stage 1).
 
-    With y* the optimal threshold, the optimum tilts the bank by exp(f / weight), where f is the
-    hinge at y*: the only fine-tuning that is needed is that for the reward f.
+    With y* the optimal thresholds, the optimum tilts the bank by exp(f / weight), where
+    f = sum_k c_k u_k(r_k - y*_k), a hinge for a CVaR: the only fine-tuning that is needed is that
+    for the reward f.
 
     Attributes:
-        hinge: f = (r - y*)_+ / (1 - level) or -(y* - r)_+ / level, in units of the reward.
+        parts: c_k, u_k and r_k.
+        at: y*_k, in units of the rewards; 0 for a line, which has none.
         weight: of the KL, in units of the reward.
-        value: CVaR less weight * KL at the optimum.
-        cvar, kl: its two parts, on the tilted bank; KL in nats.
-        tail_mass: P(r beyond y*) under the tilt: 1 - level or level at an optimum without atoms.
-        level_mass: what it should be.
-        active: part of the samples beyond y*: of the first roll-outs that have a gradient, if the
-            bank was drawn from the model that the training starts from.
+        value: utility less weight * KL at the optimum.
+        utility, kl: its two parts, on the tilted bank; KL in nats.
+        drives: E[u_k'(r_k - y*_k)] under the tilt, 1 at an optimum without atoms. For a CVaR this
+            is P(r beyond y*) over the mass of the tail.
+        bank_error: standard error of the drives, the largest, because the bank is finite; 0 for
+            quadrature nodes. That of the realised tail mass after a perfect training, relative.
+        active: part of the samples with a gradient, in effect, (E s)^2 / E s^2 of the slopes
+            s = u_k' less their least value, of the part that has fewest: P(r beyond y*) for a
+            hinge. Of the first roll-outs, if the bank was drawn from the model that the training
+            starts from.
         carried: KL of the tilt from the samples as they were drawn, over the logarithm of their
             number, which is the most that they can tell; 0 for quadrature nodes.
-        beyond: samples of the bank beyond y*.
+        beyond: samples of the bank that have a gradient, in effect.
         effective_size: of the tilted bank, 1 / sum of squared weights.
         count: samples in the bank.
     """
 
-    hinge: Hinge
+    parts: tuple[Certainty, ...]
+    at: tuple[float, ...]
     weight: float
     value: float
-    cvar: float
+    utility: float
     kl: float
-    tail_mass: float
-    level_mass: float
+    drives: tuple[float, ...]
+    bank_error: float
     active: float
     carried: float
-    beyond: int
+    beyond: float
     effective_size: float
     count: int
 
     @property
+    def reward(self) -> Potential:
+        """f = sum_k c_k u_k(r_k - y*_k), in units of the reward."""
+        at = zip(self.parts, self.at, strict=True)
+        return combine(*((part.scale, part.at(y)) for part, y in at))
+
+    @property
     def potential(self) -> Potential:
         """The terminal reward of the fine-tuning, f / weight."""
-        return (1 / self.weight) * self.hinge
+        return (1 / self.weight) * self.reward
+
+    @property
+    def bent(self) -> tuple[int, ...]:
+        """Which parts have a threshold: all but lines."""
+        return tuple(k for k, part in enumerate(self.parts) if part.shape.bend != "none")
+
+    @property
+    def tail(self) -> float | None:
+        """The mass of the tail, if this is one CVaR: what P(r beyond y*) should be."""
+        shape = self.parts[0].shape
+        if len(self.parts) > 1 or not isinstance(shape, Hinges) or shape.side is None:
+            return None
+        return shape.tail
 
     @property
     def problem(self) -> str | None:
-        """Why a fine-tuning for this threshold would fail, or ``None``."""
+        """Why a fine-tuning for these thresholds would fail, or ``None``."""
+        if not self.bent:
+            where = ""
+        else:
+            many = "s" if len(self.bent) > 1 else ""
+            numbers = ", ".join(f"{self.at[k]:.4g}" for k in self.bent[:4])
+            where = f" beyond the threshold{many} {numbers}{', ...' if len(self.bent) > 4 else ''}"
         if self.beyond < BEYOND:
             return (
-                f"only {self.beyond} of {self.count} samples are beyond the threshold "
-                f"{self.hinge.threshold:.4g}, so that it says more about the bank than the law"
+                f"only {self.beyond:.3g} of {self.count} samples are{where}, so that it says "
+                "more about the bank than the law"
             )
         if self.carried > CARRIED:
             most = math.log(self.count)
@@ -84,10 +119,15 @@ class Threshold:
                 f"the tilt is {self.carried * most:.1f} nats from the samples, and {self.count} "
                 f"of them cannot tell more than {most:.1f}"
             )
+        if self.bank_error > UNSURE:
+            return (
+                f"{self.count} samples know the mass{where} only to "
+                f"{100 * self.bank_error:.0f} % of what it is"
+            )
         if self.active < ACTIVE:
             return (
-                f"only {100 * self.active:.2g} % of the samples are beyond the threshold "
-                f"{self.hinge.threshold:.4g}, so that most roll-outs would teach nothing"
+                f"only {100 * self.active:.2g} % of the samples are{where}, so that most "
+                "roll-outs would teach nothing"
             )
         return None
 
@@ -101,162 +141,163 @@ class Threshold:
             )
 
 
-def tail_threshold(utility: LeftCVaR | RightCVaR, weight: float, prior: Density) -> Threshold:
-    """The optimal threshold for ``utility - weight * KL(prior)`` on the bank of ``prior``.
+def optimal_thresholds(utility: Functional, weight: float, prior: Density) -> Thresholds:
+    """The optimal thresholds for ``utility - weight * KL(prior)`` on the bank of ``prior``.
 
-    ::
+    For a certainty equivalent opt_y {y + E_p u(r - y)}, the optimum is that of::
 
-        right   min_y  y + w E_h log E_q[exp((r - y)_+ / (w (1 - level))) | h]      convex
-        left    max_y  y + w E_h log E_q[exp(-(y - r)_+ / (w level)) | h]           not concave
+        V(y) = y + w E_h log E_q[exp(u(r - y) / w) | h]
 
-    (methods, sections 4.2 and 4.3), w = ``weight``. Conditional models have one normaliser for
-    each condition h and one threshold for all. Right: the root of the derivative
-    1 - P_y(r > y) / (1 - level), by bisection. Left: the best of all observed rewards, which is
-    exact, in O(N log N) per condition. In float64 and the log domain.
+    over y, a minimum where u is convex (RightCVaR; V is convex) and a maximum where it is concave
+    (LeftCVaR; V has several local maxima), with w = ``weight`` (methods, sections 4.2 and 4.3,
+    for CVaRs). Sums of them have a threshold each. Conditional models have one normaliser for each
+    condition h, and thresholds in common. How V is searched: ``best_thresholds``.
 
     Args:
-        utility: the tail; the reward needs a value.
+        utility: of which ``certainties()`` is not ``None``: CVaRs, spectral and entropic risks,
+            mean less variance, ``CertaintyEquivalent``, expected rewards, and their sums.
         weight: of the KL, in units of the reward; the same in both stages.
         prior: the pre-trained law; its bank grows to what the tail needs.
 
     Raises:
         ConfigError: for a weight that is not positive.
+        UnsupportedError: for another utility, or where some parts favour the best and others
+            guard against the worst.
     """
     if not 0 < weight < math.inf:
-        raise ConfigError(f"tail_threshold: weight={weight!r} must be positive and finite.")
-    p = prior.at_least(utility.samples_needed)
-    bank = _Rewards.of(influence(utility.reward, p), p)
-    scale = weight * utility.mass
-    if isinstance(utility, RightCVaR):
-        side: Side = "above"
-        y = _root(bank, scale, utility.mass)
-    else:
-        side = "below"
-        y = _best_knot(bank, scale, weight)
-    return _described(utility, weight, p, bank, side, y)
+        raise ConfigError(f"optimal_thresholds: weight={weight!r} must be positive and finite.")
+    return thresholds_of(certainties_of(utility), weight, prior.at_least(utility.samples_needed))
 
 
-def smallest_weight(
-    utility: LeftCVaR | RightCVaR, prior: Density, precision: float = 0.05
-) -> float:
+def certainties_of(utility: Functional) -> tuple[Certainty, ...]:
+    """The certainty equivalents that a utility is a sum of.
+
+    Raises:
+        UnsupportedError: if it is none.
+    """
+    parts = utility.certainties()
+    if not parts:
+        raise UnsupportedError(
+            f"{utility} is not a sum of certainty equivalents (a CVaR, a spectral or entropic "
+            "risk, a mean less a variance, a CertaintyEquivalent or an expected reward), so that "
+            "thresholds do not solve it. Use plan_and_tune, which takes any utility."
+        )
+    return parts
+
+
+def thresholds_of(parts: tuple[Certainty, ...], weight: float, p: Density) -> Thresholds:
+    """The optimal thresholds of certainty equivalents on the bank of ``p``."""
+    dual = Dual.of(parts, weight, p)
+    y = best_thresholds(dual)
+    tilted, value = dual.tilted(y), dual.value(y)
+    pairs = [(log, log_z, g) for (log, log_z), g in zip(tilted, dual.groups, strict=True)]
+    kl = sum(
+        g.share * float((log.exp() * (log - g.log_mass)).nan_to_num(0.0).sum())
+        for log, _, g in pairs
+    )
+    tilt = torch.cat([g.share * log.exp() for log, _, g in pairs])
+    count = len(tilt)
+    shift = math.log(count) + float(torch.special.xlogy(tilt, tilt).sum())
+    active = min((_active(dual, k, y[k], p.bank.exact) for k in range(len(parts))), default=1.0)
+    return Thresholds(
+        parts, y, weight, value, value + weight * kl, kl, dual.drives(y),
+        0.0 if p.bank.exact else dual.error(y), active,
+        0.0 if p.bank.exact else shift / math.log(count),
+        active * count, 1 / float(tilt.square().sum()), count,
+    )  # fmt: skip
+
+
+def _active(dual: Dual, k: int, y: float, exact: bool) -> float:
+    """(E s)^2 / E s^2 of the slopes of part k, over samples as they were drawn, or nodes."""
+    part, first, second = dual.parts[k], 0.0, 0.0
+    # What all samples have in common does not say whether they feel the hinge as well.
+    common = min(part.shape.slopes) if isinstance(part.shape, Hinges) and part.shape.knots else 0.0
+    for g in dual.groups:
+        slope = part.shape.applied(g.rewards[k] - y)[1].sub(common).abs()
+        mass = g.share * g.log_mass.exp() if exact else torch.ones_like(slope)
+        first, second = (
+            first + float((mass * slope).sum()),
+            second + float((mass * slope**2).sum()),
+        )
+    total = 1.0 if exact else float(sum(len(g.log_mass) for g in dual.groups))
+    return first**2 / (second * total) if second > 0 else 0.0
+
+
+def smallest_weight(utility: Functional, prior: Density, precision: float = 0.05) -> float:
     """The smallest weight of the KL, to a relative ``precision``, that the bank supports.
 
-    By bisection of ``Threshold.problem`` between 1e-3 and 1e3 standard deviations of the reward.
+    By bisection of ``Thresholds.problem`` between 1e-3 and 1e3 standard deviations of the reward.
 
     Raises:
         UnsupportedError: if even the largest is too small for the bank.
     """
     p = prior.at_least(utility.samples_needed)
+    parts = certainties_of(utility)
     with remembering(p.bank.points):
-        spread = float(influence(utility.reward, p).std()) or 1.0
-        low, high = 1e-3 * spread, 1e3 * spread
-        tail_threshold(utility, high, p).require_learnable()
+        scale = _unit(parts, p)
+        low, high = 1e-3 * scale, 1e3 * scale
+        thresholds_of(parts, high, p).require_learnable()
         while high / low > 1 + precision:
             middle = math.sqrt(low * high)
-            fine = tail_threshold(utility, middle, p).problem is None
+            fine = thresholds_of(parts, middle, p).problem is None
             low, high = (low, middle) if fine else (middle, high)
     return high
 
 
-@final
-@dataclass(frozen=True)
-class _Rewards:
-    """Rewards of a bank in groups of equal condition.
+def eased(parts: tuple[Certainty, ...], weight: float, p: Density, ease: Ease) -> Thresholds:
+    """The thresholds of the least mild problem that the bank of ``p`` supports.
 
-    Attributes:
-        groups: rewards, sorted, and log weights that sum to one within the group.
-        shares: of the groups.
+    With s from 0 (mild) to 1 (as asked): ``"weight"`` multiplies the weight by up to a thousand
+    standard deviations of the reward, geometrically; ``"level"`` makes a tail of mass m one of
+    mass m^s; ``"width"`` rounds hinges over 10 (1 - s)^2 standard deviations.
+
+    Raises:
+        UnsupportedError: if even the mildest is too much.
     """
+    unit = _unit(parts, p)
 
-    groups: tuple[tuple[Tensor, Tensor], ...]
-    shares: tuple[float, ...]
+    def milder(s: float) -> Thresholds:
+        if ease == "weight":
+            most = max(1e3 * unit, weight)
+            return thresholds_of(parts, weight**s * most ** (1 - s), p)
+        if ease == "level":
+            return thresholds_of(tuple(_wider(part, s) for part in parts), weight, p)
+        width = 10 * unit * (1 - s) ** 2
+        return thresholds_of(tuple(_rounder(part, width) for part in parts), weight, p)
 
-    @staticmethod
-    def of(rewards: Tensor, p: Density) -> _Rewards:
-        weights, cond = p.bank.weights.double().to(rewards.device), p.bank.cond
-        labels, sizes = groups_of(cond, len(rewards))
-        groups, shares = [], []
-        for label in range(len(sizes)):
-            mine = (labels == label).to(rewards.device)
-            values, order = rewards[mine].sort()
-            mass = weights[mine][order]
-            groups.append((values, (mass / mass.sum()).log()))
-            shares.append(float(mass.sum()))
-        return _Rewards(tuple(groups), tuple(shares))
-
-    def tilted(self, y: float, scale: float, side: Side) -> list[tuple[Tensor, float]]:
-        """Log weights of the tilt in each group, normalised, and their log normaliser."""
-        out = []
-        for values, log_mass in self.groups:
-            over = values - y
-            hinge = over.clamp(min=0) if side == "above" else over.clamp(max=0)
-            logits = log_mass + hinge / scale
-            log_z = float(logits.logsumexp(0))
-            out.append((logits - log_z, log_z))
-        return out
-
-    def mass_beyond(self, logs: list[Tensor], y: float, side: Side) -> float:
-        """P(r beyond y) under log weights in each group."""
-        total = 0.0
-        for beyond, log, share in zip(self.beyond(y, side), logs, self.shares, strict=True):
-            total += share * float(log.exp()[beyond].sum())
-        return total
-
-    def beyond(self, y: float, side: Side) -> list[Tensor]:
-        """Which rewards of each group are on that side of y."""
-        return [values > y if side == "above" else values < y for values, _ in self.groups]
-
-
-def _root(bank: _Rewards, scale: float, mass: float) -> float:
-    """Where P_y(r > y), which falls with y, is the tail mass."""
-    low = min(float(values[0]) for values, _ in bank.groups)
-    high = max(float(values[-1]) for values, _ in bank.groups)
-    low -= 1e-9 * (abs(low) + high - low)
-    for _ in range(200):
+    low, high = 0.02, 1.0
+    best = milder(low)
+    best.require_learnable()
+    for _ in range(10):
         middle = 0.5 * (low + high)
-        if middle in (low, high):
-            break
-        tilted = [log for log, _ in bank.tilted(middle, scale, "above")]
-        above = bank.mass_beyond(tilted, middle, "above") > mass
-        low, high = (middle, high) if above else (low, middle)
-    return 0.5 * (low + high)
+        found = milder(middle)
+        if found.problem is None:
+            low, best = middle, found
+        else:
+            high = middle
+    return best
 
 
-def _best_knot(bank: _Rewards, scale: float, weight: float) -> float:
-    """The observed reward c with the largest c + w E_h log Z_h(c)."""
-    knots = torch.unique(torch.cat([values for values, _ in bank.groups]))
-    total = knots.clone()
-    for (values, log_mass), share in zip(bank.groups, bank.shares, strict=True):
-        # Z(c) = e^(-c/s) sum_{r <= c} a e^(r/s) + sum_{r > c} a, by sums over the sorted rewards.
-        nothing = values.new_full((1,), -math.inf)
-        below = torch.cat([nothing, (log_mass + values / scale).logcumsumexp(0)])
-        above = torch.cat([log_mass.flip(0).logcumsumexp(0).flip(0), nothing])
-        index = torch.searchsorted(values, knots, right=True)
-        log_z = torch.logaddexp(below[index] - knots / scale, above[index])
-        total = total + weight * share * log_z
-    return float(knots[int(total.argmax())])
+def _wider(part: Certainty, s: float) -> Certainty:
+    shape = part.shape
+    if isinstance(shape, SoftHinge):
+        return replace(part, shape=replace(shape, mass=shape.mass**s))
+    if isinstance(shape, Hinges) and shape.bend != "none":
+        steep = max(shape.slopes) ** (s - 1)
+        slopes = tuple(1 + (v - 1) * steep if v > 1 else v for v in shape.slopes)
+        if shape.side is not None:
+            slopes = tuple(v**s if v > 0 else 0.0 for v in shape.slopes)
+        return replace(part, shape=replace(shape, slopes=slopes))
+    return part
 
 
-def _described(
-    utility: LeftCVaR | RightCVaR, weight: float, p: Density, bank: _Rewards, side: Side, y: float
-) -> Threshold:
-    """The threshold with what it means on the bank."""
-    tilted = bank.tilted(y, weight * utility.mass, side)
-    logs = [log for log, _ in tilted]
-    pairs = list(zip(tilted, bank.shares, strict=True))
-    value = y + weight * sum(share * log_z for (_, log_z), share in pairs)
-    kl = sum(
-        share * float((log.exp() * (log - before)).nan_to_num(0.0).sum())
-        for log, (_, before), share in zip(logs, bank.groups, bank.shares, strict=True)
-    )
-    tilt = torch.cat([share * log.exp() for log, share in zip(logs, bank.shares, strict=True)])
-    count, beyond = len(tilt), sum(int(each.sum()) for each in bank.beyond(y, side))
-    shift = math.log(count) + float(torch.special.xlogy(tilt, tilt).sum())
-    active = bank.mass_beyond([mass for _, mass in bank.groups], y, side)
-    return Threshold(
-        Hinge(utility.reward, y, 1 / utility.mass, side), weight, value, value + weight * kl, kl,
-        bank.mass_beyond(logs, y, side), utility.mass,
-        active if p.bank.exact else beyond / count,
-        0.0 if p.bank.exact else shift / math.log(count),
-        beyond, 1 / float(tilt.square().sum()), count,
-    )  # fmt: skip
+def _rounder(part: Certainty, width: float) -> Certainty:
+    shape = part.shape
+    if isinstance(shape, Hinges) and shape.side is not None and width > 0 and shape.tail < 1:
+        return replace(part, shape=SoftHinge(shape.tail, width, shape.side))
+    return part
+
+
+def _unit(parts: tuple[Certainty, ...], p: Density) -> float:
+    """Standard deviation of the rewards, the largest."""
+    return max(spread(influence(part.reward, p), p) for part in parts) or 1.0

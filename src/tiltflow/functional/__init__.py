@@ -10,13 +10,24 @@ from tiltflow.functional.base import (
     per_density,
     spread,
 )
+from tiltflow.functional.certainty import Certainty, Shifted, bisected
+from tiltflow.functional.shapes import LINE, Exponential, Hinges, Quadratic, Shape, SoftHinge
 
 __all__ = [
+    "LINE",
+    "Certainty",
     "Combined",
     "Curvature",
+    "Exponential",
     "Functional",
     "FutureDensity",
+    "Hinges",
     "Promise",
+    "Quadratic",
+    "Shape",
+    "Shifted",
+    "SoftHinge",
+    "bisected",
     "check",
     "check_priors",
     "error_of",

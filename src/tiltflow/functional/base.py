@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tiltflow.density import Density
+from tiltflow.functional.certainty import Certainty
 from tiltflow.potential import ZERO, Potential
 from tiltflow.types import Access, Estimate
 
@@ -71,6 +72,11 @@ class Functional(abc.ABC):
         of log-densities says more here, because equal parts of the two cancel.
         """
         return self.offers(p.log.offers)
+
+    def certainties(self) -> tuple[Certainty, ...] | None:
+        """This as a sum of optimised certainty equivalents, which ``algorithms.tail_aware``
+        solves with one training; ``None`` if it is not one."""
+        return None
 
     def rounded(self, p: Density, part: float) -> Functional:
         """The same with those kinks rounded at which an ascent may be caught; itself where there
@@ -152,6 +158,15 @@ class Combined(Functional):
     @property
     def priors(self) -> tuple[Density, ...]:
         return tuple(prior for _, term in self.terms for prior in term.priors)
+
+    def certainties(self) -> tuple[Certainty, ...] | None:
+        parts = list[Certainty]()
+        for scale, term in self.terms:
+            mine = term.certainties()
+            if mine is None:
+                return None
+            parts += [part.scaled(scale) for part in mine]
+        return tuple(parts)
 
     def offers(self, log: Access) -> Access:
         offered = Access.BOTH

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from tiltflow.metrics.reward import reward
 from tiltflow.metrics.shares import shares
-from tiltflow.metrics.tails import left_cvar, right_cvar, tails
+from tiltflow.metrics.tails import bootstrap_interval, left_cvar, right_cvar, tails
 
-__all__ = ["left_cvar", "reward", "right_cvar", "shares", "tails"]
+__all__ = ["bootstrap_interval", "left_cvar", "reward", "right_cvar", "shares", "tails"]

@@ -344,7 +344,7 @@ class _Matching:
             return self.solver.oversample
         if math.isnan(self.activity):
             return 1
-        return min(max(1, math.ceil(ENOUGH_ACTIVE / max(self.activity, 1e-9))), MOST_OVERSAMPLED)
+        return min(max(1, round(ENOUGH_ACTIVE / max(self.activity, 1e-9))), MOST_OVERSAMPLED)
 
     def _draw(self, count: int, seed: Seed) -> Cond | None:
         return None if self.conditions is None else self.conditions.draw(count, seed.child("cond"))

@@ -1,5 +1,6 @@
 """Utilities: functionals of a density that are to be raised."""
 
+from tiltflow.utilities.certainty_equivalent import CertaintyEquivalent
 from tiltflow.utilities.cvar import LeftCVaR, RightCVaR
 from tiltflow.utilities.design import OptimalDesign
 from tiltflow.utilities.entropic_risk import EntropicRisk
@@ -13,6 +14,7 @@ from tiltflow.utilities.mutual_information import MutualInformation
 from tiltflow.utilities.spectral_risk import SpectralRisk
 
 __all__ = [
+    "CertaintyEquivalent",
     "EntropicRisk",
     "Entropy",
     "ExpectedReward",

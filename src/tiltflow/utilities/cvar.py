@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, final
 
 from tiltflow.density import Density
 from tiltflow.errors import ConfigError
-from tiltflow.functional import Curvature, Functional, error_of, influence
+from tiltflow.functional import Certainty, Curvature, Functional, Hinges, error_of, influence
 from tiltflow.potential import Hinge, Potential, offers_through_values
 from tiltflow.types import Access, Estimate
 from tiltflow.utilities.spectral_risk import SpectralRisk
@@ -41,6 +41,12 @@ class _Tail(Functional, abc.ABC):
     @property
     def samples_needed(self) -> int:
         return samples_for_tail(self.mass)
+
+    @final
+    def certainties(self) -> tuple[Certainty, ...]:
+        slope = 1 / self.mass
+        slopes = (0.0, slope) if self._side == "above" else (slope, 0.0)
+        return (Certainty(self.reward, Hinges((0.0,), slopes)),)
 
     @final
     def offers(self, log: Access) -> Access:

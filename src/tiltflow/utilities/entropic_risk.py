@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tiltflow.density import Density
 from tiltflow.errors import ConfigError
-from tiltflow.functional import Curvature, Functional
+from tiltflow.functional import Certainty, Curvature, Exponential, Functional
 from tiltflow.potential import Potential, Shaped, offers_through_values
 from tiltflow.types import Access, Estimate
 
@@ -42,6 +42,9 @@ class EntropicRisk(Functional):
     @property
     def curvature(self) -> Curvature:
         return "concave" if self.sensitivity > 0 else "convex"
+
+    def certainties(self) -> tuple[Certainty, ...]:
+        return (Certainty(self.reward, Exponential(self.sensitivity)),)
 
     def offers(self, log: Access) -> Access:
         return offers_through_values(self.reward)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import final
 
 from tiltflow.density import Density
-from tiltflow.functional import Curvature, Functional
+from tiltflow.functional import LINE, Certainty, Curvature, Functional
 from tiltflow.potential import Potential
 from tiltflow.types import Access, Estimate
 
@@ -28,6 +28,9 @@ class ExpectedReward(Functional):
     @property
     def curvature(self) -> Curvature:
         return "linear"
+
+    def certainties(self) -> tuple[Certainty, ...]:
+        return (Certainty(self.reward, LINE),)
 
     def offers(self, log: Access) -> Access:
         return self.reward.offers

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tiltflow.density import Density
 from tiltflow.errors import ConfigError
-from tiltflow.functional import Curvature, Functional
+from tiltflow.functional import LINE, Certainty, Curvature, Functional, Quadratic
 from tiltflow.potential import Potential, Shaped, offers_through_values
 from tiltflow.types import Access, Estimate
 
@@ -39,6 +39,10 @@ class MeanVariance(Functional):
     @property
     def curvature(self) -> Curvature:
         return "convex" if self.aversion > 0 else "linear"
+
+    def certainties(self) -> tuple[Certainty, ...]:
+        shape = Quadratic(-self.aversion) if self.aversion > 0 else LINE
+        return (Certainty(self.reward, shape),)
 
     def offers(self, log: Access) -> Access:
         return offers_through_values(self.reward)

@@ -8,14 +8,25 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import NormalDist
-from typing import final
+from typing import Literal, final
 
 import torch
 from torch import Tensor
 
 from tiltflow.density import Density
 from tiltflow.errors import ConfigError
-from tiltflow.functional import Curvature, Functional, influence, per_density, spread
+from tiltflow.functional import (
+    LINE,
+    Certainty,
+    Curvature,
+    Functional,
+    Hinges,
+    Shape,
+    SoftHinge,
+    influence,
+    per_density,
+    spread,
+)
 from tiltflow.potential import OfReward, Potential, offers_through_values
 from tiltflow.types import Access, Cond, Estimate
 from tiltflow.utilities.tails import require_tail, samples_for_tail
@@ -210,6 +221,24 @@ class SpectralRisk(Functional):
     @property
     def samples_needed(self) -> int:
         return 2 if self.tail == 1 else samples_for_tail(self.tail)
+
+    def certainties(self) -> tuple[Certainty, ...]:
+        """A mean, and a CVaR of what is above each level where the spectrum rises and below each
+        level where it falls."""
+        mean, unit, parts = self.spectrum[0], max(self.spectrum) / max(self.slopes), []
+        for level, change in self._changes:
+            mass = 1 - level if change > 0 else level
+            shape = self._hinge(mass, "above" if change > 0 else "below")
+            parts.append(Certainty(self.reward, shape, unit * abs(change) * mass))
+            mean += unit * min(change, 0.0)
+        if abs(mean) > 1e-12:
+            parts.append(Certainty(self.reward, LINE).scaled(mean))
+        return tuple(parts)
+
+    def _hinge(self, mass: float, side: Literal["above", "below"]) -> Shape:
+        if self.width > 0:
+            return SoftHinge(mass, self.width, side)
+        return Hinges((0.0,), (0.0, 1 / mass) if side == "above" else (1 / mass, 0.0))
 
     def offers(self, log: Access) -> Access:
         return offers_through_values(self.reward)
