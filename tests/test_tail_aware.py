@@ -22,6 +22,9 @@ from tiltflow.solvers import AdjointMatching, WeightedMatching
 from tiltflow.types import Access
 from tiltflow.utilities import LeftCVaR, RightCVaR
 
+SHORT = pytest.mark.filterwarnings("ignore:tail_aware. E u")
+"""Trainings that stop long before the optimum, which is said."""
+
 X = Linear([1.0])
 
 
@@ -45,6 +48,7 @@ def prior_of(hidden: tuple[int, ...] = ()) -> FlowDensity:
     return FlowDensity(gaussian([0.0]).flow(hidden=hidden), num_samples=2000)
 
 
+@SHORT
 def test_the_problem_of_stage_two() -> None:
     """The hinge of stage 1 in units of the weight, and the statistics of an untouched model."""
     solver, prior = Untouched(), prior_of()
@@ -64,6 +68,7 @@ def test_the_problem_of_stage_two() -> None:
     assert out.stats["rounds"] == 1
 
 
+@SHORT
 def test_starvation_is_refused_before_any_training() -> None:
     solver, prior = Untouched(), prior_of()
     arguments = {"weight": 0.5, "prior": prior, "context": Context(), "bank_size": 2000}
@@ -101,6 +106,7 @@ def test_left_tail_trained() -> None:
     assert reached > best - 0.05 * (best + 1.39981) - 3 * out.stats["tail_error"]
 
 
+@SHORT
 def test_black_box_rewards() -> None:
     """With a solver that needs values only."""
     prior = prior_of((32, 32))
@@ -113,6 +119,7 @@ def test_black_box_rewards() -> None:
     assert out.stats["tail"] > -0.9  # from -1.4, to -0.42 at best
 
 
+@SHORT
 def test_a_bank_is_rewarded_once() -> None:
     """Thresholds at many weights on one bank, then fresh samples: an evaluation for each."""
     calls: list[int] = []

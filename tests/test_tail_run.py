@@ -26,6 +26,8 @@ from tiltflow.rundir import RunDirectory
 from tiltflow.runfile import override, parse_toml
 from tiltflow.tables import MirrorDescent, TailAware
 
+pytestmark = pytest.mark.filterwarnings("ignore:tail_aware. E u")  # trainings are short here
+
 TAIL = TINY[: TINY.index("[baseline]")].replace(
     "num_iterations = 2\nrates = [0.5, 0.5]\n",
     'kind = "tail_aware"\nbank_size = 2000\n',

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from tiltflow.algorithms.planning import corrected, untouched
@@ -28,6 +28,9 @@ from tiltflow.types import Access, Estimate
 
 RECALIBRATE = 0.1
 """Relative error of the realised tail mass from which on the threshold is found once more."""
+
+FAILED = 0.3
+"""Relative error of the realised tail mass from which on the result comes with a warning."""
 
 REALISED = 400
 """Samples in the tail that the realised tail mass is measured on: good to 5 %."""
@@ -134,6 +137,7 @@ def tail_aware(
         last = replace(last, stats={**last.stats, **stats})
         last = _checked(last, found) if r == 0 else last
         on_round(r, found, last)
+    _warn_if_failed(last.stats)
     return last
 
 
@@ -183,6 +187,18 @@ def _checked(last: Solution[FlowModel], found: Thresholds) -> Solution[FlowModel
         RuntimeWarning, stacklevel=3,
     )  # fmt: skip
     return replace(last, result=Result.STARVED)
+
+
+def _warn_if_failed(stats: Mapping[str, float]) -> None:
+    """Say it where the tuned model is far from what its thresholds ask for."""
+    if abs(stats["drive"] - 1) - 2 * stats["drive_error"] > FAILED:
+        warnings.warn(
+            f"tail_aware: E u'(r - y*) of the tuned model, its tail mass over the level for a "
+            f"CVaR, is {stats['drive']:.2g} +- {stats['drive_error']:.1g} and should be 1: the "
+            "training has not reached the optimum. Give the solver more updates, allow more "
+            "max_rounds, or raise the weight.",
+            RuntimeWarning, stacklevel=3,
+        )  # fmt: skip
 
 
 def _stats(
