@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
-from oracles import TFFT_LEFT, TFFT_RIGHT
-from tiltflow.algorithms import Thresholds, tail_aware
+from oracles import TFFT_LEFT, TFFT_RIGHT, axis
+from tiltflow.algorithms import Thresholds, optimal_thresholds, tail_aware
 from tiltflow.analytic import gaussian
 from tiltflow.context import Context
-from tiltflow.density import FlowDensity
+from tiltflow.density import FlowDensity, Quadrature
 from tiltflow.errors import ConfigError, UnsupportedError
 from tiltflow.flow import FlowModel
+from tiltflow.functional import Functional, Hinges
 from tiltflow.potential import BlackBox
-from tiltflow.problem import ControlProblem, Solution
+from tiltflow.problem import ControlProblem, Result, Solution
 from tiltflow.rewards.points import Linear
 from tiltflow.seed import Seed
 from tiltflow.solvers import AdjointMatching, WeightedMatching
 from tiltflow.types import Access
-from tiltflow.utilities import LeftCVaR, RightCVaR
+from tiltflow.utilities import (
+    CertaintyEquivalent,
+    EntropicRisk,
+    ExpectedReward,
+    LeftCVaR,
+    MeanVariance,
+    RightCVaR,
+    SpectralRisk,
+)
 
 SHORT = pytest.mark.filterwarnings("ignore:tail_aware. E u")
 """Trainings that stop long before the optimum, which is said."""
@@ -104,6 +114,65 @@ def test_left_tail_trained() -> None:
     best = TFFT_LEFT[3][2]
     reached = out.stats["tail"] - out.stats["path_kl"]
     assert reached > best - 0.05 * (best + 1.39981) - 3 * out.stats["tail_error"]
+
+
+def test_mean_less_variance_trained() -> None:
+    """N(0, 1), r = x, weight 1, aversion 1/2: the optimum is N(1, 1/2), at threshold 1."""
+    prior = prior_of((32, 32))
+    utility = MeanVariance(X, 0.5)
+    out = tail_aware(utility, prior.model, solver(300), weight=1.0, prior=prior, context=Context())
+    assert out.stats["threshold"] == pytest.approx(1.0, abs=0.05)
+    assert out.stats["drive"] == pytest.approx(1.0, abs=0.1)
+    best = 0.75 - 0.5 * (0.5 - math.log(0.5))
+    reached = out.stats["tail"] - out.stats["path_kl"]
+    assert reached > best - 0.05 * (best + 0.5) - 3 * out.stats["tail_error"]
+
+
+NORMAL = Quadrature.of([axis(-9, 12, 6001)], gaussian([0.0]).log)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "utility",
+    [
+        SpectralRisk(X, (0.2, 0.6), (3.0, 1.0, 0.2)),
+        EntropicRisk(X, -1.0),
+        0.5 * ExpectedReward(X) + 0.5 * LeftCVaR(X, 0.2),
+        CertaintyEquivalent(X, Hinges((0.0,), (0.5, 1.5))),
+    ],
+    ids=str,
+)
+def test_certainty_equivalents_trained(utility: Functional) -> None:
+    """At most 5 % of the possible gain is missing, for one threshold, two, and mixtures."""
+    prior = prior_of((64, 64))
+    best = optimal_thresholds(utility, 1.0, NORMAL)
+    out = tail_aware(
+        utility, prior.model, solver(1000), weight=1.0, prior=prior, context=Context()
+    )
+    gain = best.value - utility.value(NORMAL).value
+    reached = out.stats["tail"] - out.stats["path_kl"]
+    assert reached > best.value - 0.05 * gain - 3 * out.stats["tail_error"]
+    assert out.stats["drive"] == pytest.approx(1.0, abs=0.15)
+
+
+def test_a_model_that_stays_is_starved() -> None:
+    """With a warning, and with the reason in the result."""
+    prior = prior_of()
+
+    class Still(Untouched):
+        def solve(
+            self, problem: ControlProblem[FlowModel], context: Context, *,
+            init: FlowModel | None = None,
+        ) -> Solution[FlowModel]:  # fmt: skip
+            return Solution(problem.reference, stats={"path_kl": 0.0})
+
+    with pytest.warns(RuntimeWarning, match="starved"):
+        out = tail_aware(
+            LeftCVaR(X, 0.2), prior.model, Still(), weight=1.0, prior=prior, context=Context(),
+            max_rounds=4,
+        )  # fmt: skip
+    assert out.result is Result.STARVED
+    assert out.stats["rounds"] == 1
 
 
 @SHORT

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from tiltflow.algorithms.planning import corrected, untouched
@@ -137,7 +137,7 @@ def tail_aware(
         last = replace(last, stats={**last.stats, **stats})
         last = _checked(last, found) if r == 0 else last
         on_round(r, found, last)
-    _warn_if_failed(last.stats)
+    _warn_if_failed(last)
     return last
 
 
@@ -189,9 +189,10 @@ def _checked(last: Solution[FlowModel], found: Thresholds) -> Solution[FlowModel
     return replace(last, result=Result.STARVED)
 
 
-def _warn_if_failed(stats: Mapping[str, float]) -> None:
+def _warn_if_failed(last: Solution[FlowModel]) -> None:
     """Say it where the tuned model is far from what its thresholds ask for."""
-    if abs(stats["drive"] - 1) - 2 * stats["drive_error"] > FAILED:
+    stats, starved = last.stats, last.result is Result.STARVED  # which has been said
+    if not starved and abs(stats["drive"] - 1) - 2 * stats["drive_error"] > FAILED:
         warnings.warn(
             f"tail_aware: E u'(r - y*) of the tuned model, its tail mass over the level for a "
             f"CVaR, is {stats['drive']:.2g} +- {stats['drive_error']:.1g} and should be 1: the "
