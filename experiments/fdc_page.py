@@ -10,7 +10,7 @@ import fdc_texts as texts
 import torch
 from fdc_others import ALPHAS, ETAS, METRICS, UPDATES
 from fdc_runs import NOVELTY, RISK, Tails
-from toys import Record, Store, summary, table, weight_of
+from toys import Record, Store, of_seeds, summary, table, weight_of
 
 from tiltflow import plots
 from tiltflow.potential import Potential
@@ -62,16 +62,6 @@ def _cost(name: str, store: Store) -> list[str]:
         f"`python experiments/fdc.py {name}`: {minutes:.0f} CPU-minutes so far; all methods have "
         f"{seeds} of 5 seeds.", "",
     ]  # fmt: skip
-
-
-def of_seeds(store: Store, prefix: str) -> list[Any]:
-    """Results of a method, seed by seed."""
-    found: list[tuple[int, Any]] = []
-    for key, entry in store.known.items():
-        head, _, seed = key.rpartition("/")
-        if head == prefix and seed.isdigit():
-            found.append((int(seed), entry["result"]))
-    return [record for _, record in sorted(found, key=lambda pair: pair[0])]
 
 
 # --- risk and novelty ----------------------------------------------------------------------------

@@ -103,10 +103,12 @@ class Exact:
     Attributes:
         p: the law.
         objective: tail mean - weight * KL.
+        threshold: of the tail, y.
     """
 
     p: Quadrature
     objective: float
+    threshold: float
 
 
 def kl(p: Quadrature, q: Quadrature) -> float:
@@ -140,7 +142,7 @@ def best_tail(
         nodes = 20
     y = ys[best]
     hinge = Hinge(reward, y, 1 / mass, "above" if side == "above" else "below")
-    return Exact(q.tilted((1 / weight) * hinge), worth(y))
+    return Exact(q.tilted((1 / weight) * hinge), worth(y), y)
 
 
 # --- measured ------------------------------------------------------------------------------------
@@ -174,6 +176,16 @@ def on_grid(p: Quadrature, start: Quadrature, reward: Potential, mass: float, si
 
 
 # --- pages ---------------------------------------------------------------------------------------
+
+
+def of_seeds(store: Store, prefix: str) -> list[Any]:
+    """Results of a method, seed by seed."""
+    found: list[tuple[int, Any]] = []
+    for key, entry in store.known.items():
+        head, _, seed = key.rpartition("/")
+        if head == prefix and seed.isdigit():
+            found.append((int(seed), entry["result"]))
+    return [record for _, record in sorted(found, key=lambda pair: pair[0])]
 
 
 def summary(values: Sequence[float], digits: int = 1) -> str:
