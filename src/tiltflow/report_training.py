@@ -29,9 +29,11 @@ def two_stages(data: Mapping[str, Any]) -> str:
         )
     ]  # fmt: skip
     many = "s" if found["max_rounds"] > 1 else ""
+    what = "mean slope of u" if level is None else "tail mass"
     note = (
         f"{_thresholds(found)} on {found['bank']:,.0f} samples, of which {found['beyond']:,.0f} "
-        f"({found['active']:.1%}) had a gradient to train with. {found['rounds']:.0f} of at most "
+        f"({found['active']:.1%}) had a gradient to train with. That the bank is finite leaves an "
+        f"error of {found['bank_error']:.1%} in the {what}. {found['rounds']:.0f} of at most "
         f"{found['max_rounds']} training{many}. A perfect one would measure what was planned."
     )
     if found["reached_weight"] != found["weight"]:

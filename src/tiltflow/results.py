@@ -119,10 +119,11 @@ def _of_thresholds(
     known["plan_utility"] = Estimate(stats["plan_objective"] + stats["weight"] * stats["plan_kl"])
     for name, key in (("utility", "tail"), ("drive", "drive"), ("tail_mass", "tail_mass")):
         if key in stats:
-            known[name] = Estimate(stats[key], stats[f"{key}_error"])
+            known[name] = Estimate(stats[key], stats[f"{key}_error"], int(stats["fresh"]))
     # The utility and the KL are measured on different samples.
     error = math.hypot(known["utility"].standard_error, weight * kl.standard_error)
-    known["objective"] = Estimate(known["utility"].value - weight * kl.value, error)
+    count = known["utility"].count
+    known["objective"] = Estimate(known["utility"].value - weight * kl.value, error, count)
     return {f"tail_aware.{name}": estimate for name, estimate in known.items()}
 
 
@@ -139,6 +140,7 @@ def _two_stages(plan: Plan, settings: TailAware, report: Mapping[str, Any]) -> d
                      "utility": numbers["tail_aware.utility"]},
         "weight": plan.experiment.objective.weight, "reached_weight": stats["weight"],
         "beyond": stats["beyond"], "bank": stats["bank"], "active": stats["active"],
+        "bank_error": stats["bank_error"],
         "rounds": stats["rounds"], "max_rounds": settings.max_rounds,
         "settled": bool(stats["settled"]),
     }  # fmt: skip

@@ -95,9 +95,10 @@ def tail_aware(
         roll-outs with a gradient), ``beyond`` (samples of the bank with one), ``bank`` (their
         whole number). Of fresh samples of the tuned model: ``drive``, E u'(r - y*), of the
         threshold where it is farthest from 1, with ``drive_error``; ``tail`` and ``tail_error``,
-        the utility; for a single CVaR ``tail_mass`` and ``tail_mass_error``, P(r beyond y*), which
-        after a perfect training is ``level_mass``, the level or 1 - level. ``rounds``, and
-        ``settled``: 1 if what was asked for is reached and the drive is right to 10 %, so that no
+        the utility; ``fresh``, their number; for a single CVaR ``tail_mass`` and
+        ``tail_mass_error``, P(r beyond y*), which after a perfect training is ``level_mass``, the
+        level or 1 - level. ``rounds``, and ``settled``: 1 if what was asked for is reached and the
+        drive is right to 10 %, or to two standard errors beyond that, so that no
         round is left to do. A model that stayed where it was ends ``STARVED``, with a warning.
 
     Raises:
@@ -233,7 +234,8 @@ def _stats(
         "bank_error": found.bank_error, "active": found.active, "beyond": found.beyond,
         "bank": float(found.count),
         "drive": worst.value, "drive_error": worst.standard_error,
-        "tail": tail.value, "tail_error": tail.standard_error, "rounds": r + 1.0,
+        "tail": tail.value, "tail_error": tail.standard_error, "fresh": float(tail.count),
+        "rounds": r + 1.0,
     }  # fmt: skip
 
 
