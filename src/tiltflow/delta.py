@@ -67,6 +67,23 @@ class Correction(Delta):
         last = [m for m in self.module.modules() if isinstance(m, nn.Linear)][-1:]
         return bool(last) and not any(bool(p.any()) for p in last[0].parameters())
 
+    def null(self) -> Correction:
+        """A copy whose last layer is zero, so that it adds nothing.
+
+        Raises:
+            ConfigError: if there is no linear layer that could be zero.
+        """
+        module = copy.deepcopy(self.module)
+        last = [m for m in module.modules() if isinstance(m, nn.Linear)][-1:]
+        if not last:
+            raise ConfigError(
+                f"Correction: {type(module).__name__} has no linear layer, so that it cannot be "
+                "started from zero. Give a module such as MLP(event, hidden, zero_init=True)."
+            )
+        for parameter in last[0].parameters():
+            nn.init.zeros_(parameter)
+        return Correction(module, takes_cond=self.takes_cond)
+
     def trainable(self, net: nn.Module) -> nn.Module:
         return self.module
 

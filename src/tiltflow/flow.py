@@ -221,6 +221,12 @@ class ControlledProcess(Process):
         self.moments = model.moments
 
     @property
+    def model(self) -> FlowModel:
+        """The same network as a flow model, for the one running reward whose optimum is a flow
+        (``algorithms.lowerings.one_shot``)."""
+        return self._model
+
+    @property
     def trainable(self) -> nn.Module:
         return self._model.trainable
 

@@ -1,6 +1,9 @@
 """Outer loops: from an objective to a model."""
 
+from tiltflow.algorithms.averaging import averaged
 from tiltflow.algorithms.bank_plan import Planned, Planning, plan
+from tiltflow.algorithms.lowerings import Lowered, Merging
+from tiltflow.algorithms.merging import Merged, merge
 from tiltflow.algorithms.mirror_descent import Iterate, mirror_descent
 from tiltflow.algorithms.modes import discover_modes
 from tiltflow.algorithms.planning import plan_and_tune
@@ -13,12 +16,17 @@ __all__ = [
     "Fixed",
     "Iterate",
     "LineSearch",
+    "Lowered",
+    "Merged",
+    "Merging",
     "PathKLBound",
     "Planned",
     "Planning",
     "RateRule",
     "Thresholds",
+    "averaged",
     "discover_modes",
+    "merge",
     "mirror_descent",
     "optimal_thresholds",
     "plan",

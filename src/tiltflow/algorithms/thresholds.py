@@ -249,7 +249,8 @@ def eased(parts: tuple[Certainty, ...], weight: float, p: Density, ease: Ease) -
 
     With s from 0 (mild) to 1 (as asked): ``"weight"`` multiplies the weight by up to a thousand
     standard deviations of the reward, geometrically; ``"level"`` makes a tail of mass m one of
-    mass m^s; ``"width"`` rounds hinges over 10 (1 - s)^2 standard deviations.
+    mass m^s; ``"width"`` rounds hinges over 10 (1 - s)^2 standard deviations. Where that is not
+    mild enough, the weight is eased instead.
 
     Raises:
         UnsupportedError: if even the mildest is too much.
@@ -267,6 +268,8 @@ def eased(parts: tuple[Certainty, ...], weight: float, p: Density, ease: Ease) -
 
     low, high = 0.02, 1.0
     best = milder(low)
+    if best.problem is not None and ease != "weight":
+        return eased(parts, weight, p, "weight")
     best.require_learnable()
     for _ in range(10):
         middle = 0.5 * (low + high)

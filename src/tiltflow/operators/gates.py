@@ -155,6 +155,7 @@ class Gate(Circuit, abc.ABC):
         texts = []
         for part, weight in zip(self.parts, self.weights, strict=True):
             grouped = isinstance(part, Gate) and not part.symbol.isalpha()
+            grouped = grouped and not (self.symbol.isalpha() and weight == 1)
             inner = f"({part})" if grouped else str(part)
             texts.append(inner if weight == 1 else f"{weight:g}*{inner}")
         if self.symbol.isalpha():
