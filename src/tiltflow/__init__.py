@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tiltflow.algorithms import (
         Attempt,
+        Averaging,
+        FeynmanKac,
         Fixed,
         Iterate,
         LineSearch,
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
         Planned,
         Planning,
         RateRule,
+        Superposition,
+        TrainingFree,
         averaged,
         discover_modes,
         merge,
@@ -159,9 +163,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "algorithms": "Attempt Fixed Iterate LineSearch Lowered Merged Merging PathKLBound Planned "
-    "Planning RateRule averaged discover_modes merge mirror_descent optimal_thresholds plan "
-    "plan_and_tune tail_aware",
+    "algorithms": "Attempt Averaging FeynmanKac Fixed Iterate LineSearch Lowered Merged Merging "
+    "PathKLBound Planned Planning RateRule Superposition TrainingFree averaged discover_modes "
+    "merge mirror_descent optimal_thresholds plan plan_and_tune tail_aware",
     "analytic": "GaussianMixture gaussian ring",
     "context": "Backend Context SingleProcess Snapshot Step",
     "delta": "Correction Delta Full MLP",
@@ -219,6 +223,7 @@ __all__ = [
     "AdjointMatching",
     "Ancestral",
     "Attempt",
+    "Averaging",
     "Backend",
     "Bank",
     "BankSolver",
@@ -257,6 +262,7 @@ __all__ = [
     "Exponential",
     "FeatureMap",
     "Features",
+    "FeynmanKac",
     "Fixed",
     "FlowDensity",
     "FlowModel",
@@ -337,9 +343,11 @@ __all__ = [
     "SpectralRisk",
     "Step",
     "StepReward",
+    "Superposition",
     "Tabulated",
     "TiltflowError",
     "Training",
+    "TrainingFree",
     "Trajectory",
     "Transition",
     "Union",
