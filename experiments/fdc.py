@@ -12,16 +12,12 @@ in runs/fdc/*.json, seed by seed and method by method: a killed command goes on 
 
 from __future__ import annotations
 
-import argparse
 import sys
-from dataclasses import dataclass
-from pathlib import Path
 
 import fdc_others
 import fdc_page
 import fdc_runs
-import torch
-from toys import ROOT, Store
+from commands import Commands
 
 RUNS = {
     "risk": fdc_runs.RISK.run,
@@ -32,43 +28,7 @@ RUNS = {
 }
 NAMES = tuple(RUNS)
 
-
-@dataclass(frozen=True)
-class Arguments:
-    """What the command line says."""
-
-    name: str
-    seeds: tuple[int, ...]
-    quick: bool
-    out: Path
-
-    def store(self, name: str) -> Store:
-        """The results of an experiment."""
-        return Store(self.out / f"{name}.json")
-
-
-def parsed(arguments: list[str] | None = None) -> Arguments:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("name", choices=[*NAMES, "page"])
-    parser.add_argument("--seeds", type=int, default=5, help="seeds 0, 1, ... of every training")
-    parser.add_argument("--quick", action="store_true", help="a smoke run: meaningless numbers")
-    parser.add_argument("--out", type=Path, default=None, help="default: runs/fdc")
-    given = parser.parse_args(arguments)
-    out = given.out or ROOT / "runs" / ("fdc-quick" if given.quick else "fdc")
-    return Arguments(given.name, tuple(range(given.seeds)), given.quick, out)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Run one experiment and write the page, except after a smoke run."""
-    given = parsed(arguments)
-    torch.set_num_threads(1)
-    if given.name != "page":
-        RUNS[given.name](given.store(given.name), given.seeds, given.quick)
-    stores = {name: given.store(name) for name in NAMES}
-    home = given.out / "docs" if given.quick else ROOT / "docs"
-    fdc_page.write(stores, home)
-
+main = Commands("fdc", __doc__.split("\n")[0], RUNS, fdc_page.write, seeds=5)
 
 if __name__ == "__main__":
     main(sys.argv[1:])
