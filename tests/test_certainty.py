@@ -16,7 +16,7 @@ from tiltflow.analytic import GaussianMixture, gaussian
 from tiltflow.context import Context
 from tiltflow.density import Empirical, Quadrature
 from tiltflow.divergences import KL
-from tiltflow.errors import ConfigError, UnsupportedError
+from tiltflow.errors import ConfigError, NonFiniteError, UnsupportedError
 from tiltflow.functional import (
     LINE,
     Certainty,
@@ -98,6 +98,7 @@ def test_mirrored(shape: Shape) -> None:
         (lambda: Hinges((0.0,), (0.0, math.inf)), "finite"),
         (lambda: SoftHinge(0.0, 1.0), "mass"),
         (lambda: SoftHinge(0.1, 0.0), "width"),
+        (lambda: SoftHinge(0.1, 1.0, "right"), "side"),  # type: ignore[arg-type]
         (lambda: Exponential(0.0), "sensitivity"),
         (lambda: Quadratic(math.nan), "curvature"),
     ],
@@ -197,6 +198,55 @@ def test_several_maxima() -> None:
             (y,) = best_thresholds(dual)
             table = max(dual.value([t]) for t in axis(*dual.bounds[0], 500).tolist())
             assert dual.value([y]) >= table - 1e-4
+
+
+@pytest.mark.parametrize("penalty", [0.0, -1e4, -1e6])
+@pytest.mark.parametrize(
+    "shape", [SoftHinge(0.2, 0.05, "below"), Hinges((-0.1, 0.0), (5.0, 2.0, 0.0))], ids=str
+)
+def test_failures_do_not_hide_the_maximum(shape: Shape, penalty: float) -> None:
+    """Two clusters of rewards, and a few constant penalties for failed samples."""
+    x = 0.05 * gaussian([0.0]).sample(2000, Seed(0))
+    x[1600:] += 3
+    x[:10] += penalty
+    for weight in (1.0, 1.5, 2.0):
+        dual = Dual.of((Certainty(X, shape),), weight, Empirical(x))
+        (y,) = best_thresholds(dual)
+        table = max(dual.value([t]) for t in axis(-1, 4, 801).tolist())
+        assert dual.value([y]) >= table - 1e-4
+
+
+def test_rewards_of_any_size() -> None:
+    """Exponents of 1e18 do not swallow the weights of the samples."""
+    x = gaussian([0.0]).sample(2000, Seed(0))
+    x[:10] = -1e9
+    dual = Dual.of((Certainty(X, Quadratic(-0.5)),), 1.0, Empirical(x))
+    (y,) = best_thresholds(dual)
+    assert dual.drives([y])[0] == pytest.approx(1, abs=1e-4)
+    assert dual.value([y]) >= max(dual.value([t]) for t in axis(-3, 3, 400).tolist()) - 1e-6
+
+
+def test_overflow_is_said() -> None:
+    p = Empirical(1000 * gaussian([0.0]).sample(500, Seed(0)))
+    with pytest.raises(NonFiniteError, match="Scale the rewards"):
+        optimal_thresholds(EntropicRisk(X, 1.0), 1.0, p)
+
+
+@pytest.mark.parametrize("each", [1, 2, 20])
+def test_rare_conditions_are_a_problem(each: int) -> None:
+    """A normaliser for each condition needs samples of it."""
+    x = gaussian([0.0]).sample(2000, Seed(0))
+    p = Empirical(x, cond={"prompt": torch.arange(2000) // each})
+    problem = optimal_thresholds(LeftCVaR(X, 0.2), 1.0, p).problem
+    assert problem is not None
+    assert "rarest condition" in problem
+
+
+def test_a_line_with_a_knot_is_the_mean() -> None:
+    p = Empirical(gaussian([0.0]).sample(2000, Seed(0)))
+    line, mean = CertaintyEquivalent(X, Hinges((0.0,), (1.0, 1.0))), ExpectedReward(X)
+    a, b = (optimal_thresholds(u, 1.0, p) for u in (line, mean))
+    assert (a.value, a.problem) == (pytest.approx(b.value), None)
 
 
 @pytest.mark.parametrize("aversion", [0.3, 2.0])

@@ -15,12 +15,14 @@ from tiltflow.algorithms.averaging import Disagreement
 from tiltflow.algorithms.lowerings import LOWERINGS, Lowered, Merging
 from tiltflow.analytic import GaussianMixture, gaussian
 from tiltflow.context import Context
+from tiltflow.delta import MLP
 from tiltflow.density import Bank
-from tiltflow.errors import ConfigError, UnsupportedError
+from tiltflow.errors import CapabilityError, ConfigError, UnsupportedError
 from tiltflow.flow import FlowModel
-from tiltflow.kernel import EulerMaruyama, Heun
+from tiltflow.kernel import Ancestral, EulerMaruyama, Heun
+from tiltflow.matching import fit_flow
 from tiltflow.operators import Gate, Interpolation, Intersection, Prior, Union
-from tiltflow.potential import Differentiable
+from tiltflow.potential import BlackBox, Differentiable
 from tiltflow.sample import Sampler
 from tiltflow.schedule import Cosine
 from tiltflow.seed import Seed
@@ -88,6 +90,14 @@ def test_no_disagreement_without_noise_or_difference() -> None:
     reward = Disagreement((model, model), (0.5, 0.5), EulerMaruyama())
     x, t, s = torch.randn(5, 1), torch.full((5,), 0.3), torch.full((5,), 0.4)
     assert torch.allclose(reward.value(x, t, s), torch.zeros(5), atol=1e-9)
+
+
+def test_steps_that_are_noiseless_up_to_rounding() -> None:
+    """A cosine schedule does not quite reach zero noise in float32."""
+    models = tuple(gaussian([m]).flow(Cosine(), hidden=(8,)) for m in (-1.0, 1.0))
+    reward = Disagreement(models, (0.5, 0.5), Ancestral())
+    x, t, s = torch.randn(5, 1), torch.full((5,), 0.95), torch.ones(5)
+    assert reward.value(x, t, s).abs().max() < 1
 
 
 # --- banks of merged samples ---------------------------------------------------------------------
@@ -166,6 +176,24 @@ def test_a_guided_interpolation_moves_by_half_the_gradient(banks: list[Bank]) ->
     assert moved[1] == pytest.approx(plain[1], rel=0.03)
 
 
+@pytest.mark.parametrize("k", [0.5, 4.0, 10.0])
+def test_a_curved_reward_does_not_push_an_interpolation_apart(k: float, banks: list[Bank]) -> None:
+    """f = -k x^2: every point of the barycentre times A / (A + k), here with A = 2."""
+    models = [normal(-1, 0.8), normal(1.5, 0.5)]
+    curved = Interpolation(A, B, reward=Differentiable(lambda x: -k * x[:, 0] ** 2))
+    mean, variance, _ = mean_and_variance(merged_bank(banks, curved, models, 1000))
+    shrunk = 2 / (2 + k)
+    assert mean == pytest.approx(0.25 * shrunk, abs=0.03 * shrunk + 0.01)
+    assert math.sqrt(variance) == pytest.approx(0.65 * shrunk, rel=0.06)
+
+
+def test_an_interpolation_rewarded_by_a_network(banks: list[Bank]) -> None:
+    net = torch.nn.Linear(1, 1)
+    gate = Interpolation(A, B, reward=Differentiable(lambda x: net(x)[:, 0]))
+    bank = merged_bank(banks, gate, [normal(-1, 0.8), normal(1.5, 0.5)], 200)
+    assert bank.points.dtype == torch.float32
+
+
 def test_bank_of_a_contrast(banks: list[Bank]) -> None:
     """p_1^2 / (p_1 + p_2) of N(0, 1) and N(1, 1): mass below 1/2 by quadrature."""
     bank = merged_bank(banks, A - B, [normal(0, 1), normal(1, 1)], 4000)
@@ -214,6 +242,26 @@ def test_refusals() -> None:
         merge("a & b", models, context=Context(), lowerings={Intersection: "magic"})
     with pytest.raises(ConfigError, match="bank_size"):
         Merging(bank_size=0)
+    with pytest.raises(ConfigError, match="by class"):
+        merge("a & b", models, context=Context(), lowerings={"Intersection": "weighted"})  # type: ignore[dict-item]
+    with pytest.raises(ConfigError, match="mapping"):
+        merge("a & b", list(models.values()), context=Context())  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="gets none"):
+        merge(
+            Union(A, B, weights=(1, 1000)), models, context=Context(),
+            settings=settings(1, bank_size=100),
+        )  # fmt: skip
+    box = Interpolation(A | B, B, reward=BlackBox(lambda x: x[:, 0]))
+    with pytest.raises(CapabilityError, match="Interpolation"):
+        merge(box, models, context=Context())
+    net = FlowModel(
+        torch.nn.Identity(), models["a"].schedule, models["a"].space, predicts="endpoint",
+        takes_cond=True,
+    )  # fmt: skip
+    with pytest.raises(UnsupportedError, match="conditions"):
+        merge("a & b", {"a": net, "b": models["b"]}, context=Context())
+    with pytest.raises(UnsupportedError, match="schedule"):
+        merge("a & b", models, context=Context(), start=gaussian([0.0]).flow(Cosine()))
     plane = gaussian([0.0, 0.0]).flow(hidden=(8,))
     with pytest.raises(ConfigError, match="space"):
         merge("a & b", {"a": normal(0, 1), "b": plane}, context=Context())
@@ -251,6 +299,24 @@ def test_intersection_trained(lowering: str) -> None:
     if lowering == "one_shot":
         apart = next(iter(out.gates.values())).stats["apart"]
         assert apart == pytest.approx(0.5 * math.log(1.25), abs=0.02)
+
+
+@pytest.mark.slow
+def test_intersection_of_learned_networks() -> None:
+    """Two fitted networks, one tuned whole: the SDE has the variance 0.4 to a tenth."""
+    models = {}
+    for name, std in (("a", 1.0), ("b", 0.5)):
+        torch.manual_seed(0)
+        line = normal(0, std)
+        models[name] = FlowModel(
+            MLP((1,), (64, 64)), line.schedule, line.space, predicts="velocity"
+        )
+        bank = Bank.equal(gaussian([0.0], std).sample(50_000, Seed(1)).float())
+        fitting = Training(num_updates=2500, learning_rate=2e-3, ema=0.999)
+        fit_flow(models[name], bank, fitting, Context(Seed(2)), batch_size=512)
+    out = merge("a & b", models, context=Context(), settings=settings(600))
+    assert float(drawn(out.model, 50_000, Sampler()).var()) == pytest.approx(0.4, abs=0.04)
+    assert not hasattr(out.model.net, "nets")  # one network, not an average of two
 
 
 @pytest.mark.slow

@@ -113,7 +113,18 @@ def test_contrast() -> None:
     assert torch.allclose(found.probabilities, exact / exact.sum(), atol=1e-12)
     assert Contrast(A, B).exact([LEFT, LEFT]).total_variation(LEFT) < 1e-12
     with pytest.raises(ConfigError, match="two parts"):
-        Contrast(A, B, C).exact([LEFT, RIGHT, LEFT])
+        Contrast(A, B, C)
+    with pytest.raises(ConfigError, match="two parts"):
+        circuit("contrast(a, b, c)")
+
+
+def test_parts_on_different_grids() -> None:
+    other = Quadrature.of([axis(-6, 6, 3201)], gaussian([0.0]).log)
+    for gate in (A & B, A | B, A - B, Interpolation(A, B)):
+        with pytest.raises(ConfigError, match="one grid"):
+            gate.exact([LEFT, other])
+        with pytest.raises(ConfigError, match="2 parts, but 3"):
+            gate.exact([LEFT, RIGHT, LEFT])
 
 
 GATES = [

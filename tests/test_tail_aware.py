@@ -99,6 +99,28 @@ def test_bad_arguments() -> None:
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("weight", [-1.0, 0.0, math.nan, math.inf])
+def test_bad_weights(weight: float) -> None:
+    prior = prior_of()
+    with pytest.raises(ConfigError, match="weight"):
+        tail_aware(
+            LeftCVaR(X, 0.2), prior.model, Untouched(), weight=weight, prior=prior,
+            context=Context(),
+        )  # fmt: skip
+
+
+def test_tied_rewards_are_settled() -> None:
+    """A reward of whole numbers: the threshold is one of them, and its mass counts as needed."""
+    prior = prior_of()
+    steps = BlackBox(lambda x: (1.5 * x[:, 0]).round())
+    out = tail_aware(
+        LeftCVaR(steps, 0.2), prior.model, Untouched(Access.VALUE), weight=1000.0, prior=prior,
+        context=Context(),
+    )  # fmt: skip
+    assert out.stats["drive"] == pytest.approx(1.0)
+    assert out.stats["settled"] == 1
+
+
 def solver(updates: int) -> AdjointMatching:
     default = AdjointMatching()
     return replace(default, training=replace(default.training, num_updates=updates))

@@ -31,7 +31,8 @@ class AveragedNet(nn.Module):
         self, models: Sequence[FlowModel], shares: Sequence[float], predicts: Prediction
     ) -> None:
         super().__init__()
-        self.nets = nn.ModuleList(model.net for model in models)
+        # What is added to a network belongs to it: both are frozen and moved together.
+        self.nets = nn.ModuleList(m for model in models for m in (model.net, model.trainable))
         self._models, self._shares, self._predicts = tuple(models), tuple(shares), predicts
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
@@ -104,11 +105,13 @@ class Disagreement(StepReward):
         models: the parts.
         shares: w_i.
         kernel: of the steps.
+        until: steps that begin later earn nothing.
     """
 
     models: tuple[FlowModel, ...]
     shares: tuple[float, ...]
     kernel: LinearKernel
+    until: float = 1.0
 
     def value(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
         with torch.no_grad():
@@ -122,8 +125,10 @@ class Disagreement(StepReward):
 
     def _value(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None) -> Tensor:
         c = self.kernel.coefficients(self.models[0].schedule, t, s)
-        # A step without noise has no density: all models end where the average ends.
-        scale = torch.where(c.variance > 0, c.on_endpoint**2 / (2 * c.variance), 0.0)
+        # A step without noise has no density: all models end where the average ends. And close to
+        # the data the errors of velocities, divided by what is left of the noise, would drown it.
+        noisy = (c.variance > 1e-10 * c.on_endpoint**2) & (t <= self.until)
+        scale = torch.where(noisy, c.on_endpoint**2 / (2 * c.variance), 0.0)
         ends = [model.endpoint(x, t, cond) for model in self.models]
         pairs = list(zip(self.shares, ends, strict=True))
         mean = sum((w * e for w, e in pairs), torch.zeros_like(x))

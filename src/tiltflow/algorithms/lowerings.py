@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import final
 
@@ -22,13 +22,16 @@ from tiltflow.flow import FlowModel, freeze
 from tiltflow.kernel import LinearKernel
 from tiltflow.matching import fit_flow
 from tiltflow.operators import Contrast, Gate, Interpolation, Intersection, Union, union_weights
-from tiltflow.potential import ZERO
+from tiltflow.potential import ZERO, Potential
 from tiltflow.problem import PathProblem
 from tiltflow.ratio import Likelihood
 from tiltflow.sample import Sampler, calibrated
 from tiltflow.solvers import AdjointMatching
 from tiltflow.training import Training
-from tiltflow.types import Access
+from tiltflow.types import Access, expand_as
+
+PULLS = 30
+"""Steps of the ascent that moves points of a barycentre towards a reward."""
 
 APART = 5.0
 """-log of the overlap, int prod_i p_i^{w_i}, in nats, from which on parts hardly meet."""
@@ -49,6 +52,9 @@ class Merging:
         transports: rounds of the barycentre's fixed point, y <- sum_i w_i T_i(y), if there are
             more than two parts or a reward; two parts need one.
         likelihood_steps: of the ODE that gives log-densities of parts.
+        until: time until which an intersection's parts are compared (``one_shot``). Deviation:
+            the running cost has no such end, but learned velocities differ by their errors too,
+            which it divides by the noise that is left. Exact models lose next to nothing.
     """
 
     solver: AdjointMatching = field(default_factory=AdjointMatching)
@@ -61,6 +67,7 @@ class Merging:
     chunk: int = 1000
     transports: int = 10
     likelihood_steps: int = 60
+    until: float = 0.9
 
     def __post_init__(self) -> None:
         for name in ("bank_size", "batch_size", "chunk", "transports", "likelihood_steps"):
@@ -77,6 +84,12 @@ class Lowered:
     lowering: str
     stats: dict[str, float]
 
+
+REWARDED: dict[str, Access] = {
+    "one_shot": Access.GRAD, "weighted": Access.VALUE, "distilled": Access.VALUE,
+    "transported": Access.BOTH, "thinned": Access.VALUE,
+}  # fmt: skip
+"""What each lowering needs of a gate's reward."""
 
 Lowering = Callable[[Gate, Sequence[FlowModel], FlowModel, Merging, Context], Lowered]
 """(gate, models of its parts, start of the training, settings, context) -> model."""
@@ -104,7 +117,7 @@ def one_shot(
     kernel = settings.solver.sampler.kernel.resolved(reference)
     if not isinstance(kernel, LinearKernel):
         raise UnsupportedError(f"Merging: {type(kernel).__name__} has no steps of one evaluation.")
-    running = Disagreement(tuple(models), gate.shares, kernel)
+    running = Disagreement(tuple(models), gate.shares, kernel, settings.until)
     terminal = ZERO if gate.reward is None else (1 / gate.total) * gate.reward
     init = None if correction is not None else start.with_moments(reference.moments or ((), ()))
     solution = settings.solver.solve_path(
@@ -112,10 +125,11 @@ def one_shot(
     )
     # The one problem with a running reward whose optimum is a flow, see above.
     model = solution.model.model
-    apart = _apart(model, running, settings, context) + solution.stats["path_kl"]
+    stats = dict(solution.stats)
     if gate.reward is None:
-        _warn_if_apart(gate, apart)
-    return Lowered(model, "one_shot", {**solution.stats, "apart": apart})
+        stats["apart"] = _apart(model, running, settings, context) + stats["path_kl"]
+        _warn_if_apart(gate, stats["apart"])
+    return Lowered(model, "one_shot", stats)
 
 
 def _apart(model: FlowModel, running: Disagreement, settings: Merging, context: Context) -> float:
@@ -153,7 +167,6 @@ def distilled(
     )
     bank = Bank.equal(points)
     if gate.reward is not None:
-        gate.reward.require(Access.VALUE, "Union")
         f = gate.reward.value(points).double()
         weights = bank.weights * union_weights(f, bank.weights, gate.total).to(bank.weights)
         bank = Bank(points, weights / weights.sum())
@@ -162,10 +175,14 @@ def distilled(
 
 def _counts(total: int, shares: Sequence[float]) -> list[int]:
     """Whole numbers near ``total * share`` that sum to ``total``."""
-    edges = [0]
-    for k in range(len(shares)):
-        edges.append(round(total * sum(shares[: k + 1])))
-    return [b - a for a, b in pairwise(edges)]
+    edges = [round(total * sum(shares[:k])) for k in range(len(shares) + 1)]
+    counts = [b - a for a, b in pairwise(edges)]
+    if min(counts) < 1:
+        raise ConfigError(
+            f"Merging: of bank_size={total} samples a part of share {min(shares):.2g} gets none. "
+            "Raise bank_size."
+        )
+    return counts
 
 
 def transported(
@@ -173,36 +190,56 @@ def transported(
 ) -> Lowered:
     """An interpolation: flow matching on points of the W_2 barycentre (methods, section 5.2)::
 
-        y  <-  sum_i w_i T_i(y)  +  grad f(y) / (2 A)
+        y  <-  argmax_z  f(z) / A - |z - m|^2,      m = sum_i w_i T_i(y)
 
-    with T_i the optimal transport from the points y to samples of part i, chunk by chunk. Chunks
-    are finite, which smooths the result a little.
+    with T_i the optimal transport from the points y to samples of part i, chunk by chunk; without
+    a reward y <- m. Chunks are finite, which smooths the result a little.
     """
-    if gate.reward is not None:
-        gate.reward.require(Access.GRAD, "Interpolation")
     points = []
     for c, first in enumerate(range(0, settings.bank_size, settings.chunk)):
         size = min(settings.chunk, settings.bank_size - first)
         samples = [
-            settings.sampler.sample(model, size, seed=context.seed.child("chunk", c, i)).double()
+            settings.sampler.sample(model, size, seed=context.seed.child("chunk", c, i))
             for i, model in enumerate(models)
         ]
-        points.append(_barycentre(gate, samples, settings).float())
+        points.append(_barycentre(gate, samples, settings))
     return _fitted(Bank.equal(torch.cat(points)), "transported", start, settings, context)
 
 
 def _barycentre(gate: Gate, samples: Sequence[Tensor], settings: Merging) -> Tensor:
     """Points whose law is the barycentre of those of ``samples``, (N, *event) each."""
     heaviest = max(range(len(samples)), key=lambda i: gate.shares[i])
-    y = samples[heaviest]
-    penalties = [Wasserstein(Empirical(x), power=2) for x in samples]
+    y = samples[heaviest].double()
+    penalties = [Wasserstein(Empirical(x.double()), power=2) for x in samples]
     for _ in range(1 if len(samples) == 2 and gate.reward is None else settings.transports):
         # The gradient of W_2^2 at y is 2 (y - T(y)).
         slopes = [penalty.first_variation(Empirical(y)).grad(y) for penalty in penalties]
-        move = sum((w * g for w, g in zip(gate.shares, slopes, strict=True)), torch.zeros_like(y))
-        if gate.reward is not None:
-            move = move - gate.reward.grad(y) / gate.total
-        y = y - 0.5 * move
+        total = sum((w * g for w, g in zip(gate.shares, slopes, strict=True)), torch.zeros_like(y))
+        mean = y - 0.5 * total
+        y = mean if gate.reward is None else _pulled(y, mean, gate.reward, gate.total, samples[0])
+    return y.to(samples[0])
+
+
+def _pulled(y: Tensor, mean: Tensor, reward: Potential, total: float, like: Tensor) -> Tensor:
+    """Points z that raise f(z) / A - |z - mean|^2, from y: ascent with a step of its own for each
+    point, halved where a step did not help, so that no curvature of f makes it diverge."""
+
+    def worth(z: Tensor) -> tuple[Tensor, Tensor]:
+        value, slope = reward.value_and_grad(z.to(like))
+        off = z - mean
+        square = off.flatten(1).square().sum(1)
+        return value.double() / total - square, slope.double() / total - 2 * off
+
+    step = torch.full_like(y.flatten(1)[:, 0], 0.5)
+    height, slope = worth(y)
+    for _ in range(PULLS):
+        z = y + expand_as(step, y) * slope
+        new, new_slope = worth(z)
+        better = new > height
+        y = torch.where(expand_as(better, y), z, y)
+        slope = torch.where(expand_as(better, y), new_slope, slope)
+        height = torch.where(better, new, height)
+        step = torch.where(better, (1.5 * step).clamp(max=0.5), 0.3 * step)
     return y
 
 
@@ -242,14 +279,17 @@ def geometric(
     logs = torch.stack(
         [Likelihood(model, settings.likelihood_steps).value(points).double() for model in models]
     )
-    shares = torch.tensor(gate.shares, dtype=torch.float64)[:, None]
+    shares = logs.new_tensor(gate.shares)[:, None]
     log_weights = (shares * logs).sum(0) - (shares.log() + logs).logsumexp(0)
+    known = {}
     if gate.reward is None:
-        _warn_if_apart(gate, -float(log_weights.logsumexp(0) - math.log(len(points))))
+        known["apart"] = -float(log_weights.logsumexp(0) - math.log(len(points)))
+        _warn_if_apart(gate, known["apart"])
     else:
         log_weights = log_weights + gate.reward.value(points).double() / gate.total
     bank = Bank(points, log_weights.softmax(0).to(points))
-    return _fitted(bank, "weighted", start, settings, context)
+    lowered = _fitted(bank, "weighted", start, settings, context)
+    return replace(lowered, stats={**lowered.stats, **known})
 
 
 def _fitted(

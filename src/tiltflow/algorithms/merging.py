@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import final
 
 from tiltflow.algorithms.averaging import require_alike
-from tiltflow.algorithms.lowerings import LOWERINGS, Lowered, Merging
+from tiltflow.algorithms.lowerings import LOWERINGS, REWARDED, Lowered, Merging
 from tiltflow.context import Context
-from tiltflow.errors import ConfigError
+from tiltflow.errors import ConfigError, UnsupportedError
 from tiltflow.flow import FlowModel
 from tiltflow.operators import Circuit, Gate, Prior, circuit
+from tiltflow.potential import Potential
+from tiltflow.types import Access
 
 
 @final
@@ -21,7 +23,8 @@ class Merged:
 
     Attributes:
         model: of the whole circuit.
-        gates: by the text of the gate, from the bottom to the top.
+        gates: by the text of the gate, from the bottom to the top; with ``#0``, ``#1``, ... behind
+            it for each reward inside, in the order in which they first appear.
     """
 
     model: FlowModel
@@ -61,6 +64,8 @@ def merge(
         ConfigError: before any work, for a name without a model or an unknown lowering.
         UnsupportedError: before any work, for models that cannot be merged.
     """
+    if not isinstance(models, Mapping):
+        raise ConfigError('merge: models must be a mapping of names, {"a": first, "b": second}.')
     root = circuit(expression, models) if isinstance(expression, str) else expression
     missing = [name for name in root.names if name not in models]
     if missing:
@@ -68,42 +73,79 @@ def merge(
             f"merge: there is no model {missing[0]!r}, which {root} needs; models: "
             f"{', '.join(models) or 'none'}."
         )
-    chosen = {kind: _chosen(kind, lowerings or {}) for kind in LOWERINGS}
-    require_alike([models[name] for name in root.names])
+    chosen = _chosen(lowerings or {})
+    _check(root, [models[name] for name in root.names], start, chosen)
     settings = settings or Merging()
-    made: dict[str, Lowered] = {}
+    made, keys = dict[str, Lowered](), _Keys([])
     for node in root.walk():
-        if not isinstance(node, Gate) or _key(node) in made:
+        if not isinstance(node, Gate) or keys.of(node) in made:
             continue
-        parts = [_model(part, models, made) for part in node.parts]
+        parts = [_model(part, models, made, keys) for part in node.parts]
         at = context.child("gate", len(made))
         lower = LOWERINGS[type(node)][chosen[type(node)]]
         lowered = lower(node, parts, start or parts[0], settings, at)
-        made[_key(node)] = lowered
+        made[keys.of(node)] = lowered
         on_gate(node, lowered)
-    return Merged(_model(root, models, made), made)
+    return Merged(_model(root, models, made, keys), made)
 
 
-def _key(gate: Gate) -> str:
-    """Equal for gates that are the same: text, and the very rewards inside."""
-    rewards = [f"@{id(g.reward):x}" for g in gate.walk() if isinstance(g, Gate) and g.reward]
-    return f"{gate}{''.join(rewards)}"
+@dataclass(frozen=True)
+class _Keys:
+    """Names for gates: equal texts with the very same rewards inside are the same gate."""
+
+    rewards: list[Potential]
+
+    def of(self, gate: Gate) -> str:
+        marks = []
+        for node in gate.walk():
+            if isinstance(node, Gate) and node.reward is not None:
+                known = [i for i, r in enumerate(self.rewards) if r is node.reward]
+                if not known:
+                    self.rewards.append(node.reward)
+                marks.append(f"#{known[0] if known else len(self.rewards) - 1}")
+            elif isinstance(node, Gate):
+                marks.append("")
+        return f"{gate}{''.join(marks)}"
 
 
 def _model(
-    part: Circuit, models: Mapping[str, FlowModel], made: Mapping[str, Lowered]
+    part: Circuit, models: Mapping[str, FlowModel], made: Mapping[str, Lowered], keys: _Keys
 ) -> FlowModel:
     if isinstance(part, Prior):
         return models[part.name]
     assert isinstance(part, Gate)
-    return made[_key(part)].model
+    return made[keys.of(part)].model
 
 
-def _chosen(kind: type[Gate], given: Mapping[type[Gate], str]) -> str:
-    known = LOWERINGS[kind]
-    name = given.get(kind, next(iter(known)))
-    if name not in known:
-        raise ConfigError(
-            f"merge: {kind.__name__} has no lowering {name!r}; there are: {', '.join(known)}."
+def _check(
+    root: Circuit,
+    models: list[FlowModel],
+    start: FlowModel | None,
+    chosen: Mapping[type[Gate], str],
+) -> None:
+    """Refuse what would fail after some gates have been trained."""
+    alike = models if start is None else [*models, start]
+    require_alike(alike)
+    if any(model.takes_cond for model in alike):
+        raise UnsupportedError(
+            "merge: models with conditions cannot be merged yet; fix the condition in a network "
+            "of your own, FlowModel(net_at(cond), ...)."
         )
-    return name
+    for node in root.walk():
+        if isinstance(node, Gate) and node.reward is not None:
+            name = chosen[type(node)]
+            node.reward.require(REWARDED.get(name, Access.NONE), f"{type(node).__name__} ({name})")
+
+
+def _chosen(given: Mapping[type[Gate], str]) -> dict[type[Gate], str]:
+    """The lowering of each kind of gate."""
+    for kind, name in given.items():
+        if kind not in LOWERINGS:
+            kinds = ", ".join(known.__name__ for known in LOWERINGS)
+            raise ConfigError(f"merge: lowerings are by class ({kinds}), not {kind!r}.")
+        if name not in LOWERINGS[kind]:
+            raise ConfigError(
+                f"merge: {kind.__name__} has no lowering {name!r}; there are: "
+                f"{', '.join(LOWERINGS[kind])}."
+            )
+    return {kind: given.get(kind, next(iter(known))) for kind, known in LOWERINGS.items()}

@@ -20,7 +20,7 @@ from tiltflow.context import Context
 from tiltflow.density import Density, FlowDensity, Reweighted
 from tiltflow.errors import ConfigError, UnsupportedError
 from tiltflow.flow import FlowModel
-from tiltflow.functional import Certainty, Functional
+from tiltflow.functional import Certainty, Functional, influence
 from tiltflow.potential import ZERO, remembering
 from tiltflow.problem import ControlProblem, Result, Solution, Solver
 from tiltflow.seed import Seed
@@ -95,10 +95,10 @@ def tail_aware(
         roll-outs with a gradient), ``beyond`` (samples of the bank with one), ``bank`` (their
         whole number). Of fresh samples of the tuned model: ``drive``, E u'(r - y*), of the
         threshold where it is farthest from 1, with ``drive_error``; ``tail`` and ``tail_error``,
-        the utility; ``fresh``, their number; for a single CVaR ``tail_mass`` and
-        ``tail_mass_error``, P(r beyond y*), which after a perfect training is ``level_mass``, the
-        level or 1 - level. ``rounds``, and ``settled``: 1 if what was asked for is reached and the
-        drive is right to 10 %, or to two standard errors beyond that, so that no
+        the utility; ``fresh``, their number, at least 400 in the tail; for a single CVaR
+        ``tail_mass`` and ``tail_mass_error``, P(r beyond y*), which after a perfect training is
+        ``level_mass``, the level or 1 - level. ``rounds``, and ``settled``: 1 if what was asked
+        for is reached and the drive is right to 10 %, or to two errors beyond that, so that no
         round is left to do. A model that stayed where it was ends ``STARVED``, with a warning.
 
     Raises:
@@ -108,6 +108,8 @@ def tail_aware(
     """
     if max_rounds < 1:
         raise ConfigError(f"tail_aware: max_rounds={max_rounds} must be at least 1.")
+    if not 0 < weight < math.inf:
+        raise ConfigError(f"tail_aware: weight={weight!r} must be positive and finite.")
     if ease not in ("weight", "level", "width"):
         raise ConfigError(f"tail_aware: ease={ease!r} must be 'weight', 'level' or 'width'.")
     if max_rounds > 1 and prior.conditions is not None:
@@ -240,5 +242,11 @@ def _stats(
 
 
 def _drive(part: Certainty, y: float, p: Density) -> Estimate:
-    """E u'(r - y)."""
-    return p.estimate(lambda x, c: part.shape.applied(part.reward.value(x, c).double() - y)[1])
+    """E u'(r - y); where rewards are tied at a kink, the number between the slopes of both sides
+    that is nearest to 1, because any is a slope there."""
+    t = influence(part.reward, p) - y
+    nudge = 1e-9 * max(float(t.abs().max()), 1e-300)
+    below, above = (part.shape.applied(t + d)[1] for d in (-nudge, nudge))
+    sides = (p.estimate(lambda x, c: below), p.estimate(lambda x, c: above))
+    low, high = sorted(sides, key=lambda e: e.value)
+    return replace(low, value=min(max(low.value, 1.0), high.value))

@@ -22,10 +22,10 @@ SETTLED = 1e-7
 """A round that moves no threshold further than this part of its range is the last."""
 
 CERTAIN = 1e-5
-"""Relative to what the values differ by: a maximum is looked for until no better one can be."""
+"""A maximum is looked for until none can be better by this part of the median distance to it."""
 
 LOOKED_AT = 20_000
-"""Thresholds tried for one maximum, at most."""
+"""Thresholds tried for one maximum, at most; the best of them is taken then."""
 
 
 @final
@@ -74,6 +74,8 @@ class Dual:
         for label in range(len(sizes)):
             index = (labels == label).nonzero()[:, 0].to(rewards.device)
             mass = weights[index]
+            if not float(mass.sum()) > 0:
+                continue
             groups.append(
                 Group(rewards[:, index], (mass / mass.sum()).log(), float(mass.sum()), index)
             )
@@ -173,15 +175,19 @@ def best_thresholds(dual: Dual) -> tuple[float, ...]:
 def _settled(
     dual: Dual, bent: list[int], bounds: list[tuple[float, float]], y: list[float]
 ) -> tuple[float, ...]:
-    logs = [log for log, _ in dual.tilted(y)]
+    exponents = [dual.exponents(k, t) for k, t in enumerate(y)]
     for _ in range(CYCLES if len(bent) > 1 else 1):
         moved = 0.0
         for k in bent:
             low, high = bounds[k]
-            others = [a - b for a, b in zip(logs, dual.exponents(k, y[k]), strict=True)]
-            new = _along(dual, k, others, low, high)
+            # Summed anew: a difference of large exponents would lose the log masses.
+            logs = [
+                g.log_mass + sum(e[i] for j, e in enumerate(exponents) if j != k)
+                for i, g in enumerate(dual.groups)
+            ]
+            new = _along(dual, k, logs, low, high)
             moved, y[k] = max(moved, abs(new - y[k]) / max(high - low, 1e-300)), new
-            logs = [a + b for a, b in zip(others, dual.exponents(k, new), strict=True)]
+            exponents[k] = dual.exponents(k, new)
         if moved < SETTLED:
             break
     return tuple(y)
@@ -252,12 +258,16 @@ def _highest(dual: Dual, k: int, logs: list[Tensor], low: float, high: float) ->
         pairs = zip(torch.split(t, size), torch.split(step, size), strict=True)
         return torch.cat([at(*pair) for pair in pairs])
 
-    edges = torch.linspace(low, high, 129, dtype=torch.float64, device=logs[0].device)
-    left, right = edges[:-1], edges[1:]
+    rewards = torch.cat([g.rewards[k] for g in dual.groups])
+    ranks = torch.linspace(0, len(rewards) - 1, 129, dtype=torch.float64).round().long()
+    inner = rewards.sort().values[ranks.to(rewards.device)] - part.shape.unit
+    edges = torch.unique(torch.cat([inner.clamp(low, high), inner.new_tensor([low, high])]))
     start = everywhere(edges, torch.zeros_like(edges))
-    at_left, at_right, tried = start[:-1], start[1:], len(edges)
-    best, y = float(start.max()), float(edges[int(start.argmax())])
-    least = float(start.min())
+    # The median, not the least, says what differences matter: outliers do not move it.
+    best, y, tried = float(start.max()), float(edges[int(start.argmax())]), len(edges)
+    least = CERTAIN * max(best - float(start.median()), 1e-9 * abs(best))
+    left, right, at_left, at_right = edges[:-1], edges[1:], start[:-1], start[1:]
+    reach = float(edges.diff().max()) if len(edges) > 1 else 0.0
     while len(left) and tried < LOOKED_AT:
         width = right - left
         upper = torch.minimum(
@@ -265,16 +275,21 @@ def _highest(dual: Dual, k: int, logs: list[Tensor], low: float, high: float) ->
             torch.maximum(at_right, everywhere(right, -width)),
         )
         middle = 0.5 * (left + right)
-        open_ = (upper > best + CERTAIN * (best - least)) & (middle > left) & (middle < right)
+        open_ = (upper > best + least) & (middle > left) & (middle < right)
         left, middle, right = left[open_], middle[open_], right[open_]
-        found = everywhere(middle, torch.zeros_like(middle)) if len(middle) else middle
+        if not len(middle):
+            break
+        found = everywhere(middle, torch.zeros_like(middle))
         tried += 3 * len(middle)
-        if len(found) and float(found.max()) > best:
-            best, y = float(found.max()), float(middle[int(found.argmax())])
+        if float(found.max()) > best:
+            i = int(found.argmax())
+            best, y, reach = float(found[i]), float(middle[i]), float(right[i] - left[i]) / 2
         at_left = torch.cat([at_left[open_], found])
         at_right = torch.cat([found, at_right[open_]])
         left, right = torch.cat([left, middle]), torch.cat([middle, right])
-    return _polished(lambda t: _drive(dual, k, logs, t), y, (high - low) / 1024, low, high)
+    polished = _polished(lambda t: _drive(dual, k, logs, t), y, reach, low, high)
+    values = everywhere(edges.new_tensor([polished]), edges.new_zeros(1))
+    return polished if float(values) >= best else y
 
 
 def _polished(

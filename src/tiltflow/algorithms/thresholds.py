@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, final
 
 import torch
+from torch import Tensor
 
 from tiltflow.algorithms.threshold_search import Dual, best_thresholds
 from tiltflow.density import Density
-from tiltflow.errors import ConfigError, UnsupportedError
+from tiltflow.errors import ConfigError, NonFiniteError, UnsupportedError
 from tiltflow.functional import Certainty, Functional, Hinges, SoftHinge, influence, spread
 from tiltflow.potential import Potential, combine, remembering
 
@@ -55,10 +56,12 @@ class Thresholds:
             hinge. Of the first roll-outs, if the bank was drawn from the model that the training
             starts from.
         carried: KL of the tilt from the samples as they were drawn, over the logarithm of their
-            number, which is the most that they can tell; 0 for quadrature nodes.
+            number, which is the most that they can tell, in the condition where this is largest;
+            0 for quadrature nodes.
         beyond: samples of the bank that have a gradient, in effect.
         effective_size: of the tilted bank, 1 / sum of squared weights.
         count: samples in the bank.
+        rarest: samples of the condition that has fewest.
     """
 
     parts: tuple[Certainty, ...]
@@ -74,6 +77,7 @@ class Thresholds:
     beyond: float
     effective_size: float
     count: int
+    rarest: int
 
     @property
     def reward(self) -> Potential:
@@ -112,6 +116,11 @@ class Thresholds:
             return (
                 f"only {self.beyond:.3g} of {self.count} samples are{where}, so that it says "
                 "more about the bank than the law"
+            )
+        if self.rarest < BEYOND and self.rarest < self.count:
+            return (
+                f"the rarest condition has {self.rarest} samples in the bank, and each condition "
+                "has a normaliser of its own"
             )
         if self.carried > CARRIED:
             most = math.log(self.count)
@@ -164,8 +173,6 @@ def optimal_thresholds(utility: Functional, weight: float, prior: Density) -> Th
         UnsupportedError: for another utility, or where some parts favour the best and others
             guard against the worst.
     """
-    if not 0 < weight < math.inf:
-        raise ConfigError(f"optimal_thresholds: weight={weight!r} must be positive and finite.")
     return thresholds_of(certainties_of(utility), weight, prior.at_least(utility.samples_needed))
 
 
@@ -186,30 +193,53 @@ def certainties_of(utility: Functional) -> tuple[Certainty, ...]:
 
 
 def thresholds_of(parts: tuple[Certainty, ...], weight: float, p: Density) -> Thresholds:
-    """The optimal thresholds of certainty equivalents on the bank of ``p``."""
+    """The optimal thresholds of certainty equivalents on the bank of ``p``.
+
+    Raises:
+        ConfigError: for a weight that is not positive.
+        NonFiniteError: where a shape overflows at the rewards.
+    """
+    if not 0 < weight < math.inf:
+        raise ConfigError(f"Thresholds: weight={weight!r} must be positive and finite.")
     dual = Dual.of(parts, weight, p)
     y = best_thresholds(dual)
     tilted, value = dual.tilted(y), dual.value(y)
-    pairs = [(log, log_z, g) for (log, log_z), g in zip(tilted, dual.groups, strict=True)]
+    drives = dual.drives(y)
+    if not all(map(math.isfinite, (value, *drives))):
+        raise NonFiniteError(
+            "Thresholds", f"{len(parts)} certainty equivalents", "the optimum",
+            "Scale the rewards, or choose a smaller sensitivity or curvature.",
+        )  # fmt: skip
+    pairs = [(log, g) for (log, _), g in zip(tilted, dual.groups, strict=True)]
     kl = sum(
-        g.share * float((log.exp() * (log - g.log_mass)).nan_to_num(0.0).sum())
-        for log, _, g in pairs
+        g.share * float(torch.where(log.exp() > 0, log.exp() * (log - g.log_mass), 0.0).sum())
+        for log, g in pairs
     )
-    tilt = torch.cat([g.share * log.exp() for log, _, g in pairs])
+    tilt = torch.cat([g.share * log.exp() for log, g in pairs])
     count = len(tilt)
-    shift = math.log(count) + float(torch.special.xlogy(tilt, tilt).sum())
     active = min((_active(dual, k, y[k], p.bank.exact) for k in range(len(parts))), default=1.0)
     return Thresholds(
-        parts, y, weight, value, value + weight * kl, kl, dual.drives(y),
+        parts, y, weight, value, value + weight * kl, kl, drives,
         0.0 if p.bank.exact else dual.error(y), active,
-        0.0 if p.bank.exact else shift / math.log(count),
+        0.0 if p.bank.exact else max(_carried(log) for log, _ in pairs),
         active * count, 1 / float(tilt.square().sum()), count,
+        count if p.bank.exact else min(len(log) for log, _ in pairs),
     )  # fmt: skip
+
+
+def _carried(log: Tensor) -> float:
+    """KL of a tilt, of log weights (n,), from equal weights, over log n."""
+    n = len(log)
+    return (
+        1.0 if n < 2 else 1 + float(torch.special.xlogy(log.exp(), log.exp()).sum()) / math.log(n)
+    )
 
 
 def _active(dual: Dual, k: int, y: float, exact: bool) -> float:
     """(E s)^2 / E s^2 of the slopes of part k, over samples as they were drawn, or nodes."""
     part, first, second = dual.parts[k], 0.0, 0.0
+    if part.shape.bend == "none":
+        return 1.0
     # What all samples have in common does not say whether they feel the hinge as well.
     common = min(part.shape.slopes) if isinstance(part.shape, Hinges) and part.shape.knots else 0.0
     for g in dual.groups:
@@ -249,8 +279,8 @@ def eased(parts: tuple[Certainty, ...], weight: float, p: Density, ease: Ease) -
 
     With s from 0 (mild) to 1 (as asked): ``"weight"`` multiplies the weight by up to a thousand
     standard deviations of the reward, geometrically; ``"level"`` makes a tail of mass m one of
-    mass m^s; ``"width"`` rounds hinges over 10 (1 - s)^2 standard deviations. Where that is not
-    mild enough, the weight is eased instead.
+    mass m^s, and brings other slopes nearer to 1; ``"width"`` rounds hinges over 10 (1 - s)^2
+    standard deviations. Where that is not mild enough, the weight is eased instead.
 
     Raises:
         UnsupportedError: if even the mildest is too much.
@@ -286,8 +316,7 @@ def _wider(part: Certainty, s: float) -> Certainty:
     if isinstance(shape, SoftHinge):
         return replace(part, shape=replace(shape, mass=shape.mass**s))
     if isinstance(shape, Hinges) and shape.bend != "none":
-        steep = max(shape.slopes) ** (s - 1)
-        slopes = tuple(1 + (v - 1) * steep if v > 1 else v for v in shape.slopes)
+        slopes = tuple(1 + (v - 1) * s for v in shape.slopes)
         if shape.side is not None:
             slopes = tuple(v**s if v > 0 else 0.0 for v in shape.slopes)
         return replace(part, shape=replace(shape, slopes=slopes))

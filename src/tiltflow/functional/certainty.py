@@ -22,6 +22,13 @@ class Shifted(OfReward):
     shape: Shape
     threshold: float
 
+    @property
+    def sparse(self) -> bool:
+        ends = (
+            self.shape.slopes[:: len(self.shape.knots)] if isinstance(self.shape, Hinges) else ()
+        )
+        return 0.0 in ends
+
     def applied(self, r: Tensor) -> tuple[Tensor, Tensor]:
         return self.shape.applied(r - self.threshold)
 

@@ -101,7 +101,8 @@ class Hinges(Shape):
 
     @property
     def tail(self) -> float:
-        return 1 / max(self.slopes)
+        low, high = min(self.slopes), max(self.slopes)
+        return 1.0 if low == high else (1 - low) / (high - low)
 
     @property
     def side(self) -> Literal["above", "below"] | None:
@@ -142,6 +143,8 @@ class SoftHinge(Shape):
                 f"SoftHinge: mass={self.mass!r} must lie strictly between 0 and 1 and "
                 f"width={self.width!r} must be positive."
             )
+        if self.side not in ("above", "below"):
+            raise ConfigError(f"SoftHinge: side={self.side!r} must be 'above' or 'below'.")
 
     @property
     def bend(self) -> Bend:

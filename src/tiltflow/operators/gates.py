@@ -138,13 +138,30 @@ class Gate(Circuit, abc.ABC):
     def objective(self, priors: Sequence[Density]) -> Functional:
         """What the gate maximises, given the densities of its parts."""
 
-    @abc.abstractmethod
+    @final
     def exact(self, priors: Sequence[Quadrature]) -> Quadrature:
         """The optimum, given its parts on one grid, in closed form.
 
         Raises:
-            UnsupportedError: where none is known.
+            ConfigError: for another number of parts, or parts on different grids.
+            UnsupportedError: where no closed form is known.
         """
+        self._require(len(priors))
+        for p in priors[1:]:
+            same = len(p.axes) == len(priors[0].axes) and all(
+                torch.equal(a, b) for a, b in zip(p.axes, priors[0].axes, strict=True)
+            )
+            if not same:
+                raise ConfigError(f"{type(self).__name__}: the parts must be on one grid.")
+        return self._exact(priors)
+
+    @abc.abstractmethod
+    def _exact(self, priors: Sequence[Quadrature]) -> Quadrature: ...
+
+    @final
+    def _require(self, count: int) -> None:
+        if count != len(self.parts):
+            raise ConfigError(f"{self} has {len(self.parts)} parts, but {count} are given.")
 
     @final
     def guided(self: G, reward: Potential) -> G:
@@ -157,7 +174,7 @@ class Gate(Circuit, abc.ABC):
             grouped = isinstance(part, Gate) and not part.symbol.isalpha()
             grouped = grouped and not (self.symbol.isalpha() and weight == 1)
             inner = f"({part})" if grouped else str(part)
-            texts.append(inner if weight == 1 else f"{weight:g}*{inner}")
+            texts.append(inner if weight == 1 else f"{weight:.12g}*{inner}")
         if self.symbol.isalpha():
             return f"{self.symbol}({', '.join(texts)})"
         return f" {self.symbol} ".join(texts)
@@ -193,7 +210,7 @@ class Intersection(Gate):
     def objective(self, priors: Sequence[Density]) -> Functional:
         return _objective(self, [KL(p) for p in priors])
 
-    def exact(self, priors: Sequence[Quadrature]) -> Quadrature:
+    def _exact(self, priors: Sequence[Quadrature]) -> Quadrature:
         tables = torch.stack([w * p.table for w, p in zip(self.shares, priors, strict=True)])
         merged = Quadrature(priors[0].axes, tables.sum(0))
         return merged if self.reward is None else merged.tilted((1 / self.total) * self.reward)
@@ -216,7 +233,7 @@ class Union(Gate):
         loss = self.total * ForwardKL(Mixture(priors, self.shares))
         return -loss if self.reward is None else ExpectedReward(self.reward) - loss
 
-    def exact(self, priors: Sequence[Quadrature]) -> Quadrature:
+    def _exact(self, priors: Sequence[Quadrature]) -> Quadrature:
         mass = sum(w * p.probabilities for w, p in zip(self.shares, priors, strict=True))
         mass = torch.as_tensor(mass)
         if self.reward is not None:
@@ -240,7 +257,7 @@ class Interpolation(Gate):
     def objective(self, priors: Sequence[Density]) -> Functional:
         return _objective(self, [Wasserstein(p, power=2) for p in priors])
 
-    def exact(self, priors: Sequence[Quadrature]) -> Quadrature:
+    def _exact(self, priors: Sequence[Quadrature]) -> Quadrature:
         if self.reward is not None or len(priors[0].axes) > 1:
             raise UnsupportedError(
                 "Interpolation: the optimum on a grid is known in one dimension and without a "
@@ -264,16 +281,24 @@ class Contrast(Gate):
 
     symbol = "-"
 
+    def __init__(
+        self,
+        *parts: Circuit,
+        weights: Sequence[float] | None = None,
+        reward: Potential | None = None,
+    ) -> None:
+        super().__init__(*parts, weights=weights, reward=reward)
+        if len(parts) != 2:
+            raise ConfigError(f"Contrast takes two parts, a and not b; it got {len(parts)}.")
+
     def objective(self, priors: Sequence[Density]) -> Functional:
         odds = ExpectedReward(self._odds(priors))
         utility = self.total * odds - self.total * KL(priors[0])
         return utility if self.reward is None else ExpectedReward(self.reward) + utility
 
-    def exact(self, priors: Sequence[Quadrature]) -> Quadrature:
+    def _exact(self, priors: Sequence[Quadrature]) -> Quadrature:
         merged = priors[0].tilted(self._odds(priors))
         return merged if self.reward is None else merged.tilted((1 / self.total) * self.reward)
 
     def _odds(self, priors: Sequence[Density]) -> Potential:
-        if len(priors) != 2:
-            raise ConfigError(f"Contrast takes two parts, a and not b; this one has {self}.")
         return Odds(priors[0].log, priors[1].log, math.log(self.weights[1] / self.weights[0]))

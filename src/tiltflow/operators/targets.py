@@ -61,8 +61,8 @@ def union_weights(f: Tensor, mass: Tensor, total: float) -> Tensor:
         total: A.
 
     Raises:
-        UnsupportedError: if f is worth so much that the optimum has an atom at its maximum, which
-            is no density.
+        UnsupportedError: if f is worth so much that more than half of the optimum is an atom at
+            its maximum, which is no density.
     """
     mass, below = mass.double() / mass.double().sum(), float(f.max()) - f.double()
     if not 0 < total < math.inf:
