@@ -35,10 +35,10 @@ PER_ROUND = 1000
 
 CURES: Mapping[str, Mapping[str, Any]] = {
     "forced": {"anyway": True},
-    "rounds": {"max_rounds": 6},
+    "rounds": {"max_rounds": 6, "ease": "weight"},
     "level": {"max_rounds": 6, "ease": "level"},
     "width": {"max_rounds": 6, "ease": "width"},
-    "weighted": {"max_rounds": 6, "solver": "weighted"},
+    "weighted": {"max_rounds": 6, "ease": "weight", "solver": "weighted"},
     "weighted-width": {"max_rounds": 6, "ease": "width", "solver": "weighted"},
 }
 """Options of ``tail_aware``, and a solver other than Adjoint Matching."""

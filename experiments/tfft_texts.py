@@ -53,7 +53,7 @@ STARVATION = """
 N(0, 1), r = x, right tail at level 0.9, weight 1: the optimum is 4.7 nats away, more than half of
 the 9.2 that 10,000 samples can tell. 1000 updates in each training, six trainings at most.
 `anyway=True` trains for the threshold of the bank, such as it is. With `max_rounds=6` milder
-problems come first, `ease` says which: a larger weight (the default), a wider tail, or a rounded
+problems come first, `ease` says which: a larger weight, a wider tail (the default), or a rounded
 hinge. `AdjointMatching` where no solver is named. P(r > y*) is beyond the exact threshold. At the
 optimum a tenth of the samples is at 10, apart from the rest at 0: right thresholds are not
 enough, the training has to put the right mass on each side.

@@ -240,7 +240,8 @@ def test_a_starving_weight_is_reached_in_rounds() -> None:
     prior, seen = prior_of((64, 64)), list[Thresholds]()
     out = tail_aware(
         RightCVaR(X, 0.9), prior.model, solver(800), weight=1.0, prior=prior,
-        context=Context(Seed(0)), max_rounds=6, on_round=lambda r, found, _: seen.append(found),
+        context=Context(Seed(0)), max_rounds=6, ease="weight",
+        on_round=lambda r, found, _: seen.append(found),
     )  # fmt: skip
     weights = [found.weight for found in seen]
     assert weights == sorted(weights, reverse=True)

@@ -158,7 +158,7 @@ class TailAware:
             tail needs them.
         max_rounds: trainings at most, default 1. With one, a weight at which the training would
             starve is refused before it; with more, it is approached by way of milder problems.
-        ease: what is made milder there: ``"weight"`` (the default), ``"level"`` or ``"width"``
+        ease: what is made milder there: ``"level"`` (the default), ``"weight"`` or ``"width"``
             (``thresholds.eased``).
         anyway: train with a warning where it would be refused, default false.
         num_samples: fresh samples of the tuned model on which its tail is measured, default 4096;
@@ -169,7 +169,7 @@ class TailAware:
     kind: Literal["tail_aware"] = "tail_aware"
     bank_size: int = 10_000
     max_rounds: int = 1
-    ease: Ease = "weight"
+    ease: Ease = "level"
     anyway: bool = False
     num_samples: int = 4096
     score_time: float = 0.99

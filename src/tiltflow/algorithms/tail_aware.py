@@ -50,7 +50,7 @@ def tail_aware(
     context: Context,
     bank_size: int = 10_000,
     max_rounds: int = 1,
-    ease: Ease = "weight",
+    ease: Ease = "level",
     anyway: bool = False,
     completed: Sequence[Solution[FlowModel]] = (),
     on_round: Callable[[int, Thresholds, Solution[FlowModel]], None] = ignore,
@@ -82,7 +82,8 @@ def tail_aware(
         context: seed, backend, callbacks; round r runs at the address ``round/r``.
         bank_size: samples that a threshold is found on; more where the tail needs them.
         max_rounds: trainings at most.
-        ease: what is made milder in rounds before the last, see ``thresholds.eased``.
+        ease: what is made milder in rounds before the last, see ``thresholds.eased``. Of the
+            three, wider tails come closest where it was measured (docs/tfft.md).
         anyway: continue with a warning, where it would be refused.
         completed: solutions of the first rounds of an earlier run with the same arguments, taken
             instead of solved and not told to ``on_round`` again; the rest is the same bit for bit.
