@@ -220,6 +220,12 @@ class _Path:
             for frozen, reference, tuned in self.endpoints
         ]
         self.noise, self.end = [z[index] for z in self.noise], self.end[index]
+        if not self.shared:  # the reference has not been asked yet
+            tuned = [own for *_, own in self.endpoints]
+            self.graphs, self.endpoints = [], []
+            for k, (leaf, own) in enumerate(zip(self.leaves, tuned, strict=True)):
+                frozen, reference = self._reference(leaf, self.steps.t[k].expand(len(leaf)), k)
+                self.endpoints.append((frozen, reference, own))
 
     @torch.no_grad()
     def forward(self, count: int, generator: torch.Generator, graphs: bool = True) -> None:
@@ -232,13 +238,39 @@ class _Path:
         x = self.noise.pop()
         for k, (t, z) in enumerate(zip(times, self.noise, strict=True)):
             leaf = x.requires_grad_()
-            late = self.carried is None or k >= self.carried.first
-            tuned = self._endpoints(leaf, t, k, graphs and late)
+            if graphs or self.shared:
+                tuned = self._endpoints(leaf, t, k, graphs and self._late(k))
+            else:  # only of the trajectories that are kept is the reference asked
+                tuned = self._own(leaf, t, k)
+                self.leaves.append(leaf)
+                self.endpoints.append((tuned, tuned, tuned))
             x = torch.add(leaf * self.on_state[k], tuned, alpha=self.on_endpoint[k])
             x = torch.add(x, z, alpha=self.deviation[k])
         self.end = x
         if not bool(torch.isfinite(x).all()):
             raise NonFiniteError("adjoint matching", "roll-out", "the state", "Lower the rate.")
+
+    def _late(self, k: int) -> bool:
+        return self.carried is None or k >= self.carried.first
+
+    def _own(self, leaf: Tensor, t: Tensor, k: int) -> Tensor:
+        """End points of a tuned model that has a network of its own."""
+        with self.backend.autocast(), torch.no_grad():
+            base = self._frozen(self.tuned.output(leaf, t, self.cond), leaf, k)
+            own = self.tuned.correction(leaf, t, self.cond)
+        return base if own is None else torch.add(base, own, alpha=self.beta2[k])
+
+    def _reference(self, leaf: Tensor, t: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Frozen and reference end points of a step; keeps the graph of a late one."""
+        late = self._late(k)
+        with self.backend.autocast(), torch.set_grad_enabled(late):
+            out, shift = self._outputs(leaf, t, self.cond)
+        self.graphs.append((out, shift) if late else None)
+        with torch.no_grad():
+            frozen = self._frozen(out, leaf, k)
+            return frozen, frozen if shift is None else torch.add(
+                frozen, shift, alpha=self.beta2[k]
+            )
 
     def _endpoints(self, leaf: Tensor, t: Tensor, k: int, graph: bool) -> Tensor:
         """Keeps frozen, reference and tuned end points of a step; returns the last."""
