@@ -178,6 +178,3 @@ class _Cloud:
             "log_z": self.log_z + self._log_mean(),
             "log_z_error": float((held - 1 / self.count).square().sum().sqrt()),
         }
-
-
-__all__ = ["FeynmanKac"]

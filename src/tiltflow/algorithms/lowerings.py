@@ -21,7 +21,15 @@ from tiltflow.errors import ConfigError, UnsupportedError
 from tiltflow.flow import FlowModel, freeze
 from tiltflow.kernel import LinearKernel
 from tiltflow.matching import fit_flow
-from tiltflow.operators import Contrast, Gate, Interpolation, Intersection, Union, union_weights
+from tiltflow.operators import (
+    Contrast,
+    Gate,
+    Interpolation,
+    Intersection,
+    Odds,
+    Union,
+    guided_union,
+)
 from tiltflow.potential import ZERO, Potential
 from tiltflow.problem import PathProblem
 from tiltflow.ratio import Likelihood
@@ -157,20 +165,23 @@ def distilled(
 ) -> Lowered:
     """A union: flow matching on samples of the mixture, the exact minimiser of the forward KL,
     with weights A / (nu - f) where there is a reward (methods, section 5.7)."""
-    points = torch.cat(
+    bank = Bank.equal(_mixture(gate, models, settings, context))
+    if gate.reward is not None:
+        bank = guided_union(bank, gate.reward, gate.total)
+    return _fitted(bank, "distilled", start, settings, context)
+
+
+def _mixture(
+    gate: Gate, models: Sequence[FlowModel], settings: Merging, context: Context
+) -> Tensor:
+    """Samples of sum_i w_i p_i, (N, *event)."""
+    counts = _counts(settings.bank_size, gate.shares)
+    return torch.cat(
         [
             settings.sampler.sample(model, count, seed=context.seed.child("part", i))
-            for i, (model, count) in enumerate(
-                zip(models, _counts(settings.bank_size, gate.shares), strict=True)
-            )
+            for i, (model, count) in enumerate(zip(models, counts, strict=True))
         ]
     )
-    bank = Bank.equal(points)
-    if gate.reward is not None:
-        f = gate.reward.value(points).double()
-        weights = bank.weights * union_weights(f, bank.weights, gate.total).to(bank.weights)
-        bank = Bank(points, weights / weights.sum())
-    return _fitted(bank, "distilled", start, settings, context)
 
 
 def _counts(total: int, shares: Sequence[float]) -> list[int]:
@@ -251,11 +262,9 @@ def thinned_out(
     points = settings.sampler.sample(
         models[0], settings.bank_size, seed=context.seed.child("part", 0)
     )
-    logs = [
-        Likelihood(model, settings.likelihood_steps).value(points).double() for model in models
-    ]
-    ratio = math.log(gate.weights[1] / gate.weights[0]) + logs[1] - logs[0]
-    log_weights = -torch.nn.functional.softplus(ratio)
+    own, other = (Likelihood(model, settings.likelihood_steps) for model in models)
+    odds = Odds(own, other, math.log(gate.weights[1] / gate.weights[0]))
+    log_weights = odds.value(points).double()
     if gate.reward is not None:
         log_weights = log_weights + gate.reward.value(points).double() / gate.total
     bank = Bank(points, log_weights.softmax(0).to(points))
@@ -268,14 +277,7 @@ def geometric(
     """An intersection by weights: flow matching on samples of the mixture of the parts, weighted
     with prod_i p_i^{w_i} e^{f / A} / pbar; the densities by the flows' ODEs. Exact where the bank
     carries it, also for rewards without gradient."""
-    seeds = [context.seed.child("part", i) for i in range(len(models))]
-    counts = _counts(settings.bank_size, gate.shares)
-    points = torch.cat(
-        [
-            settings.sampler.sample(model, count, seed=seed)
-            for model, count, seed in zip(models, counts, seeds, strict=True)
-        ]
-    )
+    points = _mixture(gate, models, settings, context)
     logs = torch.stack(
         [Likelihood(model, settings.likelihood_steps).value(points).double() for model in models]
     )

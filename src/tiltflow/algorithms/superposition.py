@@ -13,7 +13,7 @@ from tiltflow.algorithms.training_free import Chains, Drawn, TrainingFree, requi
 from tiltflow.density import Bank
 from tiltflow.flow import FlowModel, device_of
 from tiltflow.kernel import Transition
-from tiltflow.operators import Gate, Union, union_weights
+from tiltflow.operators import Gate, Union, guided_union
 from tiltflow.sample import Sampler
 from tiltflow.seed import Seed
 from tiltflow.types import Access, expand_as
@@ -81,9 +81,7 @@ class Superposition(TrainingFree):
         points, kappa = self.traced(gate, models, count, seed=seed, sampler=sampler)
         bank = Bank.equal(points)
         if gate.reward is not None:
-            f = gate.reward.value(points).double()
-            weights = bank.weights * union_weights(f, bank.weights, gate.total)
-            bank = Bank(points, weights / weights.sum())
+            bank = guided_union(bank, gate.reward, gate.total)
         stats = {f"share/{i}": float(share) for i, share in enumerate(kappa.mean(0))}
         certainty = float(kappa.max(1).values.mean())
         return Drawn(
@@ -117,6 +115,3 @@ class Superposition(TrainingFree):
             return (expand_as(weights, means) * means).sum(0), (weights * v[:, None]).sum(0)
         chosen = torch.multinomial(kappa.T, 1, generator=generator)[:, 0]
         return means[chosen, torch.arange(len(chosen), device=chosen.device)], v[chosen]
-
-
-__all__ = ["Superposition"]

@@ -37,13 +37,11 @@ class Group:
         rewards: (K, n) float64, one row per part.
         log_mass: (n,), weights that sum to one.
         share: of the group.
-        index: (n,), places in the bank.
     """
 
     rewards: Tensor
     log_mass: Tensor
     share: float
-    index: Tensor
 
 
 @final
@@ -76,9 +74,7 @@ class Dual:
             mass = weights[index]
             if not float(mass.sum()) > 0:
                 continue
-            groups.append(
-                Group(rewards[:, index], (mass / mass.sum()).log(), float(mass.sum()), index)
-            )
+            groups.append(Group(rewards[:, index], (mass / mass.sum()).log(), float(mass.sum())))
         return Dual(parts, tuple(groups), weight)
 
     @property

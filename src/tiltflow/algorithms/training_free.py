@@ -237,6 +237,3 @@ def require_finite(x: Tensor, k: int, user: str) -> Tensor:
             user, k, "the state", "A model returned NaN or diverged at this time step."
         )
     return x
-
-
-__all__ = ["Averaging", "Chains", "Drawn", "TrainingFree", "require_finite"]

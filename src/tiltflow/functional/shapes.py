@@ -65,6 +65,11 @@ class Hinges(Shape):
     knots: tuple[float, ...] = (0.0,)
     slopes: tuple[float, ...] = (0.0, 1.0)
 
+    @staticmethod
+    def beyond(mass: float, side: Literal["above", "below"]) -> Hinges:
+        """The hinge of the CVaR of a tail of this mass."""
+        return Hinges((0.0,), (0.0, 1 / mass) if side == "above" else (1 / mass, 0.0))
+
     def __post_init__(self) -> None:
         if len(self.slopes) != len(self.knots) + 1 or sorted(set(self.knots)) != [*self.knots]:
             raise ConfigError(

@@ -10,7 +10,7 @@ from tiltflow.operators.gates import (
     Prior,
     Union,
 )
-from tiltflow.operators.targets import union_weights
+from tiltflow.operators.targets import Odds, guided_union, union_weights
 
 __all__ = [
     "Circuit",
@@ -18,9 +18,11 @@ __all__ = [
     "Gate",
     "Interpolation",
     "Intersection",
+    "Odds",
     "Prior",
     "Union",
     "circuit",
     "drawn",
+    "guided_union",
     "union_weights",
 ]

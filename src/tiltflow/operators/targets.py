@@ -10,7 +10,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from tiltflow.density import Quadrature
+from tiltflow.density import Bank, Quadrature
 from tiltflow.errors import ConfigError, UnsupportedError
 from tiltflow.functional import bisected
 from tiltflow.potential import Potential
@@ -77,6 +77,13 @@ def union_weights(f: Tensor, mass: Tensor, total: float) -> Tensor:
             "best state. Raise the weights, or clip the reward."
         )
     return weights
+
+
+def guided_union(bank: Bank, reward: Potential, total: float) -> Bank:
+    """Samples of the mixture, weighted to be those of the reward-guided union."""
+    f = reward.value(bank.points).double()
+    weights = bank.weights.to(f.device) * union_weights(f, bank.weights.to(f.device), total)
+    return Bank(bank.points, weights / weights.sum())
 
 
 def barycentre(priors: Sequence[Quadrature], shares: Sequence[float]) -> Quadrature:

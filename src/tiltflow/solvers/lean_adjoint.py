@@ -195,10 +195,12 @@ class _Path:
         self.deviation = c.variance.sqrt().tolist()
         self.on_x, self.on_output = steps.on_x.tolist(), steps.on_output.tolist()
         self.beta2 = steps.beta2.tolist()
-        # Per step: the state (a leaf), the reference's outputs with their graph, the end points.
+        # Per step: the state (a leaf), the reference's outputs with their graph, its end points
+        # without and with its delta, and those of the tuned model.
         self.leaves: list[Tensor] = []
         self.graphs: list[tuple[Tensor, Tensor | None] | None] = []
-        self.endpoints: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.asked: list[tuple[Tensor, Tensor]] = []
+        self.own: list[Tensor] = []
         self.carried: Carried | None = None
         self.importance: Tensor | None = None
         self.noise: list[Tensor] = []
@@ -215,21 +217,17 @@ class _Path:
         """Forget all other trajectories."""
         self.importance, self.cond = importance, index_cond(self.cond, index)
         self.leaves = [leaf.detach()[index].requires_grad_() for leaf in self.leaves]
-        self.endpoints = [
-            (frozen[index], reference[index], tuned[index])
-            for frozen, reference, tuned in self.endpoints
-        ]
+        self.own = [own[index] for own in self.own]
+        self.asked = [(frozen[index], reference[index]) for frozen, reference in self.asked]
         self.noise, self.end = [z[index] for z in self.noise], self.end[index]
-        if not self.shared:  # the reference has not been asked yet
-            tuned = [own for *_, own in self.endpoints]
-            self.graphs, self.endpoints = [], []
-            for k, (leaf, own) in enumerate(zip(self.leaves, tuned, strict=True)):
-                frozen, reference = self._reference(leaf, self.steps.t[k].expand(len(leaf)), k)
-                self.endpoints.append((frozen, reference, own))
+        if not self.asked:
+            for k, leaf in enumerate(self.leaves):
+                self._ask(leaf, self.steps.t[k].expand(len(leaf)), k, self._late(k))
 
     @torch.no_grad()
     def forward(self, count: int, generator: torch.Generator, graphs: bool = True) -> None:
-        """Simulate; ``graphs=False`` leaves the graphs of the late steps to ``backward``."""
+        """Simulate; ``graphs=False`` leaves the graphs of the late steps to ``backward``, and the
+        reference, unless the tuned model shares its network, to ``keep``."""
         space, num_steps = self.reference.space, len(self.steps.t)
         shape = (num_steps + 1, *space.shape(count, self.cond))
         noise = torch.randn(shape, generator=generator, device=generator.device)
@@ -238,12 +236,10 @@ class _Path:
         x = self.noise.pop()
         for k, (t, z) in enumerate(zip(times, self.noise, strict=True)):
             leaf = x.requires_grad_()
+            self.leaves.append(leaf)
             if graphs or self.shared:
-                tuned = self._endpoints(leaf, t, k, graphs and self._late(k))
-            else:  # only of the trajectories that are kept is the reference asked
-                tuned = self._own(leaf, t, k)
-                self.leaves.append(leaf)
-                self.endpoints.append((tuned, tuned, tuned))
+                self._ask(leaf, t, k, graphs and self._late(k))
+            tuned = self._tuned(leaf, t, k)
             x = torch.add(leaf * self.on_state[k], tuned, alpha=self.on_endpoint[k])
             x = torch.add(x, z, alpha=self.deviation[k])
         self.end = x
@@ -253,41 +249,30 @@ class _Path:
     def _late(self, k: int) -> bool:
         return self.carried is None or k >= self.carried.first
 
-    def _own(self, leaf: Tensor, t: Tensor, k: int) -> Tensor:
-        """End points of a tuned model that has a network of its own."""
-        with self.backend.autocast(), torch.no_grad():
-            base = self._frozen(self.tuned.output(leaf, t, self.cond), leaf, k)
-            own = self.tuned.correction(leaf, t, self.cond)
-        return base if own is None else torch.add(base, own, alpha=self.beta2[k])
-
-    def _reference(self, leaf: Tensor, t: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Frozen and reference end points of a step; keeps the graph of a late one."""
-        late = self._late(k)
-        with self.backend.autocast(), torch.set_grad_enabled(late):
-            out, shift = self._outputs(leaf, t, self.cond)
-        self.graphs.append((out, shift) if late else None)
-        with torch.no_grad():
-            frozen = self._frozen(out, leaf, k)
-            return frozen, frozen if shift is None else torch.add(
-                frozen, shift, alpha=self.beta2[k]
-            )
-
-    def _endpoints(self, leaf: Tensor, t: Tensor, k: int, graph: bool) -> Tensor:
-        """Keeps frozen, reference and tuned end points of a step; returns the last."""
+    def _ask(self, leaf: Tensor, t: Tensor, k: int, graph: bool) -> None:
+        """Keeps frozen and reference end points of a step, with a graph where it is late."""
         with self.backend.autocast():
             with torch.set_grad_enabled(graph):
                 out, shift = self._outputs(leaf, t, self.cond)
-            frozen = self._frozen(out, leaf, k)
-            base = frozen
-            if not self.shared:
-                base = self._frozen(self.tuned.output(leaf, t, self.cond), leaf, k)
-            own = self.tuned.correction(leaf, t, self.cond)
-        reference = frozen if shift is None else torch.add(frozen, shift, alpha=self.beta2[k])
-        tuned = base if own is None else torch.add(base, own, alpha=self.beta2[k])
-        self.leaves.append(leaf)
+            with torch.no_grad():
+                frozen = self._frozen(out, leaf, k)
         self.graphs.append((out, shift) if graph else None)
-        self.endpoints.append((frozen, reference, tuned))
-        return tuned
+        with torch.no_grad():
+            self.asked.append((frozen, self._corrected(frozen, shift, k)))
+
+    def _tuned(self, leaf: Tensor, t: Tensor, k: int) -> Tensor:
+        """Keeps and returns the tuned model's end points of a step."""
+        with self.backend.autocast():
+            if self.shared:
+                base = self.asked[k][0]
+            else:
+                base = self._frozen(self.tuned.output(leaf, t, self.cond), leaf, k)
+            shift = self.tuned.correction(leaf, t, self.cond)
+        self.own.append(self._corrected(base, shift, k))
+        return self.own[k]
+
+    def _corrected(self, frozen: Tensor, shift: Tensor | None, k: int) -> Tensor:
+        return frozen if shift is None else torch.add(frozen, shift, alpha=self.beta2[k])
 
     def _outputs(self, x: Tensor, t: Tensor, cond: Cond | None) -> tuple[Tensor, Tensor | None]:
         return self.reference.output(x, t, cond), self.reference.correction(x, t, cond)
@@ -374,7 +359,8 @@ class _Path:
     @torch.no_grad()
     def _recorded(self, adjoints: Tensor, value: Tensor | None, gain: Tensor | None) -> Rollout:
         """Everything in stacks, with the KL and the log-ratio of the path laws."""
-        frozen, reference, tuned = (torch.stack(e) for e in zip(*self.endpoints, strict=True))
+        frozen, reference = (torch.stack(e) for e in zip(*self.asked, strict=True))
+        tuned = torch.stack(self.own)
         states = torch.stack([*self.leaves, self.end]).detach()
         # In standard deviations; a noiseless step is shared by both laws and has weight 0.
         scale = (2 * self.steps.weight).sqrt()

@@ -44,9 +44,7 @@ class _Tail(Functional, abc.ABC):
 
     @final
     def certainties(self) -> tuple[Certainty, ...]:
-        slope = 1 / self.mass
-        slopes = (0.0, slope) if self._side == "above" else (slope, 0.0)
-        return (Certainty(self.reward, Hinges((0.0,), slopes)),)
+        return (Certainty(self.reward, Hinges.beyond(self.mass, self._side)),)
 
     @final
     def offers(self, log: Access) -> Access:

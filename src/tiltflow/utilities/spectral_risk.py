@@ -238,7 +238,7 @@ class SpectralRisk(Functional):
     def _hinge(self, mass: float, side: Literal["above", "below"]) -> Shape:
         if self.width > 0:
             return SoftHinge(mass, self.width, side)
-        return Hinges((0.0,), (0.0, 1 / mass) if side == "above" else (1 / mass, 0.0))
+        return Hinges.beyond(mass, side)
 
     def offers(self, log: Access) -> Access:
         return offers_through_values(self.reward)
