@@ -16,7 +16,7 @@ PACKAGE = Path(tiltflow.__file__).parent
 LAYERS = [
     "errors types seed context",
     "schedule space potential features distances similarity",
-    "delta flow guidance",
+    "delta flow guidance views",
     "kernel",
     "sample training",
     "density",

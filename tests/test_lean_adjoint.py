@@ -344,6 +344,7 @@ class OnlyStep:
     """A running reward sum(x^3) on one step of a grid."""
 
     start: float
+    offers: Access = Access.BOTH
 
     def _here(self, x: Tensor, t: Tensor) -> Tensor:
         return expand_as((t - self.start).abs() < 1e-9, x).to(x)

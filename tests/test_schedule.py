@@ -145,3 +145,14 @@ def test_bad_variance_preserving() -> None:
     """b_min must be positive and below b_max."""
     with pytest.raises(ConfigError, match="b_min"):
         VariancePreserving(b_min=2.0, b_max=1.0)
+
+
+@every
+def test_time_at_an_angle(schedule: Schedule) -> None:
+    """The inverse of atan2(alpha, beta), in closed form and by bisection."""
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)
+    angle = torch.atan2(schedule.alpha(t), schedule.beta(t))
+    close(schedule.time_at(angle), t, 1e-9)
+    close(Schedule.time_at(schedule, angle), t, 1e-9)
+    ends = schedule.time_at(torch.tensor([0.0, math.pi / 2], dtype=torch.float64))
+    close(ends, torch.tensor([0.0, 1.0], dtype=torch.float64), 2e-3)

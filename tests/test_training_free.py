@@ -448,9 +448,28 @@ def test_other_gates_are_refused(method: TrainingFree, gate: Intersection | Unio
         Superposition().traced(Union(A, B), models[:1], 10, seed=SEED)
     with pytest.raises(ConfigError, match="one space"):
         method.sample(gate, [models[0], normal(0.0, 1.0, 2)], 10, seed=SEED)
-    cosine = gaussian([0.0], 1.0).flow(Cosine(), hidden=())
-    with pytest.raises(UnsupportedError, match="one schedule"):
-        method.sample(gate, [models[0], cosine], 10, seed=SEED)
+    cond = FlowModel(
+        nn.Identity(), models[0].schedule, models[0].space, predicts="endpoint",
+        takes_cond=True,
+    )  # fmt: skip
+    with pytest.raises(UnsupportedError, match="conditioned"):
+        method.sample(gate, [models[0], cond], 10, seed=SEED)
+
+
+@pytest.mark.parametrize("method", [Averaging(), FeynmanKac(), Superposition()])
+def test_schedules_may_differ(method: TrainingFree) -> None:
+    """The same law on another path is the same part: means and variances agree."""
+    gate = (Union if isinstance(method, Superposition) else Intersection)(A, B)
+    moments = []
+    for schedule in (LinearPath(), Cosine()):
+        models = [normal(-1.0, 1.0), gaussian([1.0], 0.5).flow(schedule, hidden=())]
+        bank = method.sample(gate, models, 4000, seed=SEED)
+        x, w = bank.points[:, 0].double(), bank.weights.double()
+        mean = float((w * x).sum())
+        moments.append((mean, float((w * (x - mean) ** 2).sum()), bank.effective_size))
+    (m, v, n), (m2, v2, n2) = moments
+    assert abs(m - m2) < 4.5 * math.sqrt(v / n + v2 / n2)
+    assert abs(v - v2) < 4.5 * 2 * v * math.sqrt(1 / n + 1 / n2)
 
 
 @pytest.mark.parametrize(("method", "gate"), METHODS[:3])

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tiltflow.algorithms import (
         Attempt,
         Averaging,
+        Descent,
         FeynmanKac,
         Fixed,
         Iterate,
@@ -159,13 +160,14 @@ if TYPE_CHECKING:
         RightCVaR,
         SpectralRisk,
     )
+    from tiltflow.views import conditioned, rescheduled
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "algorithms": "Attempt Averaging FeynmanKac Fixed Iterate LineSearch Lowered Merged Merging "
-    "PathKLBound Planned Planning RateRule Superposition TrainingFree averaged discover_modes "
-    "merge mirror_descent optimal_thresholds plan plan_and_tune tail_aware",
+    "algorithms": "Attempt Averaging Descent FeynmanKac Fixed Iterate LineSearch Lowered Merged "
+    "Merging PathKLBound Planned Planning RateRule Superposition TrainingFree averaged "
+    "discover_modes merge mirror_descent optimal_thresholds plan plan_and_tune tail_aware",
     "analytic": "GaussianMixture gaussian ring",
     "context": "Backend Context SingleProcess Snapshot Step",
     "delta": "Correction Delta Full MLP",
@@ -199,6 +201,7 @@ _HOMES = {
     "utilities": "CertaintyEquivalent EntropicRisk Entropy ExpectedReward KernelDiversity "
     "LeftCVaR LogBarrier MeanVariance MomentMatching MutualInformation OptimalDesign RightCVaR "
     "SpectralRisk",
+    "views": "conditioned rescheduled",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 
@@ -247,6 +250,7 @@ __all__ = [
     "Decoded",
     "Delta",
     "Density",
+    "Descent",
     "Deterministic",
     "Differentiable",
     "DirectBackprop",
@@ -361,6 +365,7 @@ __all__ = [
     "averaged",
     "calibrated",
     "circuit",
+    "conditioned",
     "discover_modes",
     "distil",
     "drawn",
@@ -373,6 +378,7 @@ __all__ = [
     "path_log_density",
     "plan",
     "plan_and_tune",
+    "rescheduled",
     "ring",
     "tail_aware",
 ]

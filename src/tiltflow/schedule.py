@@ -42,6 +42,20 @@ class Schedule(abc.ABC):
     def d_beta(self, t: Tensor) -> Tensor:
         """Time derivative of ``beta``."""
 
+    def time_at(self, angle: Tensor) -> Tensor:
+        """The time at which atan2(alpha, beta) is ``angle``, from 0 (noise) to pi / 2 (data).
+
+        Two schedules with one angle have one ratio of data to noise, so that this is the exact
+        change of time between them. Clamped to [0, 1]: some paths keep a little data at t = 0.
+        By bisection, unless a schedule knows better.
+        """
+        low, high = torch.zeros_like(angle), torch.ones_like(angle)
+        for _ in range(53 if angle.dtype == torch.float64 else 24):
+            middle = 0.5 * (low + high)
+            below = torch.atan2(self.alpha(middle), self.beta(middle)) < angle
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        return 0.5 * (low + high)
+
     @final
     def kappa(self, t: Tensor) -> Tensor:
         """alpha' / alpha; infinite where alpha = 0."""
@@ -79,6 +93,9 @@ class Linear(Schedule):
 
     def d_beta(self, t: Tensor) -> Tensor:
         return -torch.ones_like(t)
+
+    def time_at(self, angle: Tensor) -> Tensor:
+        return angle.sin() / (angle.sin() + angle.cos())
 
 
 class _Angular(Schedule):
@@ -121,6 +138,9 @@ class Cosine(_Angular):
     def _d_angle(self, t: Tensor) -> Tensor:
         return torch.full_like(t, math.pi / 2)
 
+    def time_at(self, angle: Tensor) -> Tensor:
+        return (angle * (2 / math.pi)).clamp(0, 1)
+
 
 @final
 @dataclass(frozen=True)
@@ -159,6 +179,13 @@ class VariancePreserving(Schedule):
 
     def d_beta(self, t: Tensor) -> Tensor:
         return -(self.alpha(t) ** 2) * self._rate(t) / self.beta(t)
+
+    def time_at(self, angle: Tensor) -> Tensor:
+        # b_min u + (b_max - b_min) u^2 / 2 = -2 log alpha, without cancellation at either end
+        sin, cos = angle.sin().clamp(min=1e-12), angle.cos()
+        target = -torch.where(cos < 0.5, torch.log1p(-(cos**2)), 2 * sin.log())
+        root = (self.b_min**2 + 2 * (self.b_max - self.b_min) * target).sqrt()
+        return (1 - 2 * target / (self.b_min + root)).clamp(0, 1)
 
 
 @final
@@ -207,3 +234,10 @@ class Tabulated(_Angular):
     def _d_angle(self, t: Tensor) -> Tensor:
         _, left, right = self._cell(t)
         return (right - left) * (self._angles.numel() - 1)
+
+    def time_at(self, angle: Tensor) -> Tensor:
+        angles = self._angles.to(angle)
+        cell = torch.searchsorted(angles, angle.contiguous()) - 1
+        cell = cell.clamp(0, angles.numel() - 2)
+        fraction = (angle - angles[cell]) / (angles[cell + 1] - angles[cell])
+        return ((cell + fraction) / (angles.numel() - 1)).clamp(0, 1)

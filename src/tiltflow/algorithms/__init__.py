@@ -3,7 +3,7 @@
 from tiltflow.algorithms.averaging import averaged
 from tiltflow.algorithms.bank_plan import Planned, Planning, plan
 from tiltflow.algorithms.feynman_kac import FeynmanKac
-from tiltflow.algorithms.lowerings import Lowered, Merging
+from tiltflow.algorithms.lowerings import Descent, Lowered, Merging
 from tiltflow.algorithms.merging import Merged, merge
 from tiltflow.algorithms.mirror_descent import Iterate, mirror_descent
 from tiltflow.algorithms.modes import discover_modes
@@ -17,6 +17,7 @@ from tiltflow.algorithms.training_free import Averaging, TrainingFree
 __all__ = [
     "Attempt",
     "Averaging",
+    "Descent",
     "FeynmanKac",
     "Fixed",
     "Iterate",

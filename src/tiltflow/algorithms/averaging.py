@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from tiltflow.delta import Delta
-from tiltflow.errors import ConfigError, UnsupportedError
+from tiltflow.errors import ConfigError
 from tiltflow.flow import FlowModel, Prediction
 from tiltflow.kernel import LinearKernel
 from tiltflow.potential import StepReward
-from tiltflow.types import Cond
+from tiltflow.types import Access, Cond
+from tiltflow.views import rescheduled
 
 
 @final
@@ -22,9 +23,9 @@ class AveragedNet(nn.Module):
     """sum_i w_i prediction_i(x, t), in one prediction type.
 
     Args:
-        models: with one schedule; their networks are shared, not copied.
+        models: on one schedule; their networks are shared, not copied.
         shares: w_i.
-        predicts: what is averaged. With one schedule all types give the same average.
+        predicts: what is averaged. On one schedule all types give the same average.
     """
 
     def __init__(
@@ -57,16 +58,18 @@ def averaged(
     (SDE) or 0.50 (ODE), the geometric mean 0.40 (methods, section 5.6).
 
     Args:
-        models: the parts.
+        models: the parts; their networks are shared, not copied.
         shares: w_i, which sum to one.
         predicts: of the result.
         delta: of the result.
 
+    Returns:
+        a model on the schedule of the first part.
+
     Raises:
-        ConfigError: for models of different shape.
-        UnsupportedError: for models on different schedules.
+        ConfigError: for models of different spaces.
     """
-    require_alike(models)
+    models = aligned(models)
     net, first = AveragedNet(models, shares, predicts), models[0]
     takes_cond = any(model.takes_cond for model in models)
     return FlowModel(
@@ -74,8 +77,12 @@ def averaged(
     )
 
 
-def require_alike(models: Sequence[FlowModel]) -> None:
-    """Refuse models that cannot be merged step by step."""
+def aligned(models: Sequence[FlowModel]) -> tuple[FlowModel, ...]:
+    """The models, all on the schedule of the first (``views.rescheduled``).
+
+    Raises:
+        ConfigError: if they have no common space.
+    """
     first = models[0]
     for model in models[1:]:
         if model.space != first.space:
@@ -83,12 +90,7 @@ def require_alike(models: Sequence[FlowModel]) -> None:
                 f"Merging needs one space of states, but one model has {first.space} and another "
                 f"{model.space}."
             )
-        if model.schedule != first.schedule:
-            raise UnsupportedError(
-                f"Merging velocities needs one schedule, but one model has {first.schedule} and "
-                f"another {model.schedule}. Refit one of them to the other's schedule "
-                "(matching.fit_flow on its samples)."
-            )
+    return tuple(rescheduled(model, models[0].schedule) for model in models)
 
 
 @final
@@ -112,6 +114,10 @@ class Disagreement(StepReward):
     shares: tuple[float, ...]
     kernel: LinearKernel
     until: float = 1.0
+
+    @property
+    def offers(self) -> Access:
+        return Access.BOTH
 
     def value(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
         with torch.no_grad():

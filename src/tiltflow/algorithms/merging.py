@@ -6,14 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import final
 
-from tiltflow.algorithms.averaging import require_alike
-from tiltflow.algorithms.lowerings import LOWERINGS, REWARDED, Lowered, Merging
+from tiltflow.algorithms.averaging import aligned
+from tiltflow.algorithms.lowerings import LOWERINGS, Job, Lowered, Merging
 from tiltflow.context import Context
 from tiltflow.errors import ConfigError, UnsupportedError
 from tiltflow.flow import FlowModel
 from tiltflow.operators import Circuit, Gate, Prior, circuit
 from tiltflow.potential import Potential
-from tiltflow.types import Access
+from tiltflow.types import Conditions
 
 
 @final
@@ -31,7 +31,7 @@ class Merged:
     gates: Mapping[str, Lowered]
 
 
-def ignore(gate: Gate, lowered: Lowered) -> None:
+def ignore(job: Job, lowered: Lowered) -> None:
     """Default of ``on_gate``."""
 
 
@@ -43,50 +43,119 @@ def merge(
     settings: Merging | None = None,
     start: FlowModel | None = None,
     lowerings: Mapping[type[Gate], str] | None = None,
-    on_gate: Callable[[Gate, Lowered], None] = ignore,
+    rewards: Mapping[str, Potential] | None = None,
+    conditions: Conditions | None = None,
+    completed: Mapping[str, Lowered] | None = None,
+    on_gate: Callable[[Job, Lowered], None] = ignore,
 ) -> Merged:
     """One model for a circuit of pre-trained ones (RFM, arXiv 2602.08012), gate by gate.
 
     From the bottom up, each gate becomes a flow model (``lowerings``), which is then a part of
-    the gates above it. A gate that occurs twice is made once.
+    the gates above it. A gate that occurs twice is made once. Schedules may differ: all models
+    are seen on that of the start (``views.rescheduled``).
 
     Args:
         expression: a ``Circuit``, or its text (``operators.circuit``).
-        models: the pre-trained models by name; of one space and one schedule.
+        models: the pre-trained models by name; of one space.
         context: seed, backend, callbacks; gate k runs at the address ``gate/k``.
         settings: of trainings and banks.
         start: where trainings start from; default: the first model that the gate is over.
         lowerings: how each kind of gate is made, where not by default: ``{Intersection:
-            "weighted"}``.
-        on_gate: called with each gate and its model.
+            "weighted"}``. By default the first of ``LOWERINGS`` that can make it.
+        rewards: of gates in a text, by name.
+        conditions: law of the conditions, for conditional models; each condition is merged by
+            itself. ``views.conditioned`` merges different conditions.
+        completed: gates of an earlier call with the same arguments, by their keys in ``gates``;
+            taken instead of made, and not reported again.
+        on_gate: called with each gate's job and its model.
 
     Raises:
-        ConfigError: before any work, for a name without a model or an unknown lowering.
-        UnsupportedError: before any work, for models that cannot be merged.
+        ConfigError: before any work, for a name without a model, an unknown lowering, models of
+            different spaces.
+        UnsupportedError: before any work, for a gate that its lowering cannot make.
     """
     if not isinstance(models, Mapping):
         raise ConfigError('merge: models must be a mapping of names, {"a": first, "b": second}.')
-    root = circuit(expression, models) if isinstance(expression, str) else expression
+    root = expression
+    if isinstance(root, str):
+        root = circuit(root, models, rewards)
     missing = [name for name in root.names if name not in models]
     if missing:
         raise ConfigError(
             f"merge: there is no model {missing[0]!r}, which {root} needs; models: "
             f"{', '.join(models) or 'none'}."
         )
-    chosen = _chosen(lowerings or {})
-    _check(root, [models[name] for name in root.names], start, chosen)
-    settings = settings or Merging()
+    models = _prepared({name: models[name] for name in root.names}, start, conditions)
+    chosen = chosen_lowerings(root, lowerings or {}, conditional=conditions is not None)
+    settings, done = settings or Merging(), completed or {}
     made, keys = dict[str, Lowered](), _Keys([])
-    for node in root.walk():
-        if not isinstance(node, Gate) or keys.of(node) in made:
+    for node, name in chosen:
+        key = keys.of(node)
+        if key in made:
             continue
-        parts = [_model(part, models, made, keys) for part in node.parts]
+        parts = tuple(_model(part, models, made, keys) for part in node.parts)
         at = context.child("gate", len(made))
-        lower = LOWERINGS[type(node)][chosen[type(node)]]
-        lowered = lower(node, parts, start or parts[0], settings, at)
-        made[keys.of(node)] = lowered
-        on_gate(node, lowered)
+        job = Job(node, parts, start or parts[0], settings, at, conditions)
+        if key in done:
+            made[key] = done[key]
+            continue
+        made[key] = LOWERINGS[type(node)][name].make(job)
+        on_gate(job, made[key])
     return Merged(_model(root, models, made, keys), made)
+
+
+def chosen_lowerings(
+    root: Circuit, given: Mapping[type[Gate], str], *, conditional: bool = False
+) -> list[tuple[Gate, str]]:
+    """All gates from the bottom to the top, with their lowerings.
+
+    Raises:
+        ConfigError: for an unknown lowering.
+        UnsupportedError: for a gate that cannot be made.
+    """
+    for kind, name in given.items():
+        if kind not in LOWERINGS:
+            kinds = ", ".join(known.__name__ for known in LOWERINGS)
+            raise ConfigError(f"merge: lowerings are by class ({kinds}), not {kind!r}.")
+        if name not in LOWERINGS[kind]:
+            raise ConfigError(
+                f"merge: {kind.__name__} has no lowering {name!r}; there are: "
+                f"{', '.join(LOWERINGS[kind])}."
+            )
+    gates = [node for node in root.walk() if isinstance(node, Gate)]
+    return [(gate, _lowering(gate, given.get(type(gate)), conditional)) for gate in gates]
+
+
+def _lowering(gate: Gate, given: str | None, conditional: bool) -> str:
+    known = LOWERINGS[type(gate)]
+    objections = {
+        name: known[name].objection(gate, conditional) for name in ([given] if given else known)
+    }
+    for name, objection in objections.items():
+        if not objection:
+            return name
+    told = "; ".join(f"{name}: {objection}" for name, objection in objections.items())
+    raise UnsupportedError(f"merge: {gate} cannot be made. {told}.")
+
+
+def _prepared(
+    models: Mapping[str, FlowModel], start: FlowModel | None, conditions: Conditions | None
+) -> dict[str, FlowModel]:
+    """The models on the schedule of the start, or of the first one."""
+    every = [*([] if start is None else [start]), *models.values()]
+    seen = aligned(every)[len(every) - len(models) :]
+    conditional = any(model.takes_cond for model in every)
+    if conditional and conditions is None:
+        raise ConfigError(
+            "merge: a model takes conditions; pass conditions=..., their law, or fix one: "
+            "views.conditioned(model, cond)."
+        )
+    if conditional and not every[0].takes_cond:
+        raise ConfigError(
+            "merge: trainings start from a model that takes no conditions, but another one does; "
+            "pass start=... one that does."
+        )
+    return dict(zip(models, seen, strict=True))
 
 
 @dataclass(frozen=True)
@@ -115,37 +184,3 @@ def _model(
         return models[part.name]
     assert isinstance(part, Gate)
     return made[keys.of(part)].model
-
-
-def _check(
-    root: Circuit,
-    models: list[FlowModel],
-    start: FlowModel | None,
-    chosen: Mapping[type[Gate], str],
-) -> None:
-    """Refuse what would fail after some gates have been trained."""
-    alike = models if start is None else [*models, start]
-    require_alike(alike)
-    if any(model.takes_cond for model in alike):
-        raise UnsupportedError(
-            "merge: models with conditions cannot be merged yet; fix the condition in a network "
-            "of your own, FlowModel(net_at(cond), ...)."
-        )
-    for node in root.walk():
-        if isinstance(node, Gate) and node.reward is not None:
-            name = chosen[type(node)]
-            node.reward.require(REWARDED.get(name, Access.NONE), f"{type(node).__name__} ({name})")
-
-
-def _chosen(given: Mapping[type[Gate], str]) -> dict[type[Gate], str]:
-    """The lowering of each kind of gate."""
-    for kind, name in given.items():
-        if kind not in LOWERINGS:
-            kinds = ", ".join(known.__name__ for known in LOWERINGS)
-            raise ConfigError(f"merge: lowerings are by class ({kinds}), not {kind!r}.")
-        if name not in LOWERINGS[kind]:
-            raise ConfigError(
-                f"merge: {kind.__name__} has no lowering {name!r}; there are: "
-                f"{', '.join(LOWERINGS[kind])}."
-            )
-    return {kind: given.get(kind, next(iter(known))) for kind, known in LOWERINGS.items()}

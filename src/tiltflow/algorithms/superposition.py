@@ -62,7 +62,7 @@ class Superposition(TrainingFree):
         given the path that led there, (count, models) in float64; arguments and errors as in
         ``draw``. Without ``mean``, posteriors average to w_i, up to the error of the sample.
         """
-        self._check(gate, models, count)
+        models = self._checked(gate, models, count)
         sampler = sampler or Sampler()
         chains = Chains.of(models, sampler, "Superposition")
         points, posteriors = [], []

@@ -10,7 +10,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from tiltflow.algorithms.averaging import averaged, require_alike
+from tiltflow.algorithms.averaging import aligned, averaged
 from tiltflow.density import Bank
 from tiltflow.errors import ConfigError, NonFiniteError, UnsupportedError
 from tiltflow.flow import FlowModel
@@ -78,14 +78,16 @@ class TrainingFree(abc.ABC):
 
         Raises:
             ConfigError: for a wrong number of models or samples, or models of different spaces.
-            UnsupportedError: for another gate, other schedules, or a kernel that does not fit.
+            UnsupportedError: for another gate, models with conditions, or a kernel that does not
+                fit.
         """
-        self._check(gate, models, count)
+        models = self._checked(gate, models, count)
         with torch.no_grad():
             return self._draw(gate, models, count, seed, sampler or Sampler())
 
     @final
-    def _check(self, gate: Gate, models: Sequence[FlowModel], count: int) -> None:
+    def _checked(self, gate: Gate, models: Sequence[FlowModel], count: int) -> Sequence[FlowModel]:
+        """The models on one schedule, if they can be sampled."""
         name = type(self).__name__
         if not isinstance(gate, self.gate):
             advice = _ADVICE.get(type(gate), "Train a model of it with merge.")
@@ -100,7 +102,12 @@ class TrainingFree(abc.ABC):
             )
         if count < 1:
             raise ConfigError(f"{name}: count={count} must be at least 1.")
-        require_alike(models)
+        if any(model.takes_cond for model in models):
+            raise UnsupportedError(
+                f"{name}: a model takes conditions; fix one for each model first: "
+                "views.conditioned(model, cond)."
+            )
+        return aligned(models)
 
     @abc.abstractmethod
     def _draw(

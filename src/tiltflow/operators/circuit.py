@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NoReturn, TypeAlias, final
 
@@ -17,34 +18,41 @@ from tiltflow.operators.gates import (
     Prior,
     Union,
 )
+from tiltflow.potential import Potential
 
 _TOKEN = re.compile(
-    r"\s*(?:(?P<number>\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+)|(?P<word>[^\W\d]\w*)|(?P<sign>[&|\u2227\u2228*(),-]))"
+    r"\s*(?:(?P<number>\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+)|(?P<word>[^\W\d]\w*)|(?P<sign>[&|\u2227\u2228*(),\[\]-]))"
 )
 _SIGNS = {"\u2227": "&", "\u2228": "|"}  # logical and, logical or
-_WORDS: dict[str, type[Gate]] = {
+_WORDS: dict[str, Callable[..., Gate]] = {
     "intersection": Intersection, "union": Union, "interpolation": Interpolation,
-    "contrast": Contrast,
+    "interpolation_w1": functools.partial(Interpolation, power=1), "contrast": Contrast,
 }  # fmt: skip
 
 
-def circuit(text: str, models: Iterable[str] | None = None) -> Circuit:
+def circuit(
+    text: str,
+    models: Iterable[str] | None = None,
+    rewards: Mapping[str, Potential] | None = None,
+) -> Circuit:
     """Read a circuit::
 
         a | b & c             & binds most strongly, then -, then |
         0.3*a & 0.7*b         weights; 1 where none is written
         (a & b) & c           nested: exponents 1/4, 1/4, 1/2; a & b & c has 1/3 each
         a - b                 a and not b
-        interpolation(a, b)   also intersection(...), union(...), contrast(...)
+        interpolation(a, b)   also interpolation_w1(...), intersection(...), union(...), ...
+        (a & b)[lean] | c     a gate with the reward that is called lean
 
     Args:
         text: the expression; ``∧`` and ``∨`` are read as ``&`` and ``|``.
         models: names that may be used; any if not given.
+        rewards: of gates, by name.
 
     Raises:
         ConfigError: with the position, for anything that is not a circuit, and for unknown names.
     """
-    reader = _Reader(text, None if models is None else tuple(models))
+    reader = _Reader(text, None if models is None else tuple(models), rewards or {})
     return reader.whole()
 
 
@@ -59,7 +67,7 @@ class _Token:
 _Weighted: TypeAlias = tuple[float, Circuit]
 
 
-def _gate(kind: type[Gate], parts: list[_Weighted]) -> Gate:
+def _gate(kind: Callable[..., Gate], parts: list[_Weighted]) -> Gate:
     return kind(*(part for _, part in parts), weights=[weight for weight, _ in parts])
 
 
@@ -67,8 +75,10 @@ def _gate(kind: type[Gate], parts: list[_Weighted]) -> Gate:
 class _Reader:
     """Recursive descent, one method per level of precedence."""
 
-    def __init__(self, text: str, models: tuple[str, ...] | None) -> None:
-        self.text, self.models, self.at = text, models, 0
+    def __init__(
+        self, text: str, models: tuple[str, ...] | None, rewards: Mapping[str, Potential]
+    ) -> None:
+        self.text, self.models, self.rewards, self.at = text, models, rewards, 0
         self.tokens: list[_Token] = []
         end = 0
         while text[end:].strip():
@@ -105,7 +115,9 @@ class _Reader:
     def _intersection(self) -> _Weighted:
         return self._row("&", Intersection, self._weighted)
 
-    def _row(self, sign: str, gate: type[Gate], part: Callable[[], _Weighted]) -> _Weighted:
+    def _row(
+        self, sign: str, gate: Callable[..., Gate], part: Callable[[], _Weighted]
+    ) -> _Weighted:
         """Parts between signs, under one gate; a single part as it is."""
         found = [part()]
         while self._takes(sign):
@@ -129,16 +141,35 @@ class _Reader:
                 self.fail("expected )")
             if weight != 1:
                 self._refuse(0, f"the weight {weight:g} is of no gate: write it before the (")
-            return inner
+            return self._guided(inner)
         if self._kind() != "word":
             self.fail("expected a model, a gate or (")
         token = self._take()
         if token.text in _WORDS and self._takes("("):
-            return self._called(token)
+            return self._guided(self._called(token))
         if self.models is not None and token.text not in self.models:
             known = ", ".join(self.models) or "none"
             self._refuse(token.where, f"there is no model {token.text!r} (models: {known})")
-        return Prior(token.text)
+        return self._guided(Prior(token.text))
+
+    def _guided(self, inner: Circuit) -> Circuit:
+        """With the reward whose name follows in brackets, if one does."""
+        opening = self.at
+        if not self._takes("["):
+            return inner
+        if not isinstance(inner, Gate) or inner.reward is not None:
+            told = "has a reward already" if isinstance(inner, Gate) else "is no gate"
+            self._refuse(
+                self.tokens[opening].where,
+                f"{inner} {told}; rewards are of gates: (a & b)[reward]",
+            )
+        token = self._take() if self._kind() == "word" else self.fail("expected a reward")
+        if token.text not in self.rewards:
+            known = ", ".join(self.rewards) or "none"
+            self._refuse(token.where, f"there is no reward {token.text!r} (rewards: {known})")
+        if not self._takes("]"):
+            self.fail("expected ]")
+        return inner.guided(self.rewards[token.text])
 
     def _called(self, token: _Token) -> Circuit:
         """The arguments of a gate that is written as a word."""

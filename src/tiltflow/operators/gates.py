@@ -6,7 +6,7 @@ import abc
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar, final
+from typing import ClassVar, Literal, TypeVar, final
 
 import torch
 
@@ -16,6 +16,7 @@ from tiltflow.errors import ConfigError, UnsupportedError
 from tiltflow.functional import Functional
 from tiltflow.operators.targets import Odds, barycentre, union_weights
 from tiltflow.potential import Potential
+from tiltflow.ratio import RatioEstimator
 from tiltflow.utilities import ExpectedReward
 
 G = TypeVar("G", bound="Gate")
@@ -135,8 +136,15 @@ class Gate(Circuit, abc.ABC):
         return tuple(w / self.total for w in self.weights)
 
     @abc.abstractmethod
-    def objective(self, priors: Sequence[Density]) -> Functional:
-        """What the gate maximises, given the densities of its parts."""
+    def objective(
+        self, priors: Sequence[Density], ratio: RatioEstimator | None = None
+    ) -> Functional:
+        """What the gate maximises, given the densities of its parts.
+
+        Args:
+            priors: p_i.
+            ratio: how log(pbar / p) of a ``Union`` is known; by default exactly, from values.
+        """
 
     @final
     def exact(self, priors: Sequence[Quadrature]) -> Quadrature:
@@ -163,7 +171,6 @@ class Gate(Circuit, abc.ABC):
         if count != len(self.parts):
             raise ConfigError(f"{self} has {len(self.parts)} parts, but {count} are given.")
 
-    @final
     def guided(self: G, reward: Potential) -> G:
         """The same gate with a reward."""
         return type(self)(*self.parts, weights=self.weights, reward=reward)
@@ -207,7 +214,9 @@ class Intersection(Gate):
 
     symbol = "&"
 
-    def objective(self, priors: Sequence[Density]) -> Functional:
+    def objective(
+        self, priors: Sequence[Density], ratio: RatioEstimator | None = None
+    ) -> Functional:
         return _objective(self, [KL(p) for p in priors])
 
     def _exact(self, priors: Sequence[Quadrature]) -> Quadrature:
@@ -229,8 +238,11 @@ class Union(Gate):
 
     symbol = "|"
 
-    def objective(self, priors: Sequence[Density]) -> Functional:
-        loss = self.total * ForwardKL(Mixture(priors, self.shares))
+    def objective(
+        self, priors: Sequence[Density], ratio: RatioEstimator | None = None
+    ) -> Functional:
+        mixture = Mixture(priors, self.shares)
+        loss = self.total * (ForwardKL(mixture) if ratio is None else ForwardKL(mixture, ratio))
         return -loss if self.reward is None else ExpectedReward(self.reward) - loss
 
     def _exact(self, priors: Sequence[Quadrature]) -> Quadrature:
@@ -248,22 +260,52 @@ class Interpolation(Gate):
     """Between the parts: E f - sum_i a_i W_2(p, p_i)^2, whose optimum without a reward is the
     Wasserstein barycentre; in one dimension its quantiles are the mean quantiles of the parts.
 
-    (Methods, section 5.2.) The published W_1 has no unique optimum: with unequal weights it is
-    the heaviest part, with equal ones any point of a geodesic. W_2^2 selects one.
+    (Methods, section 5.2.) The published distance, W_1, has no unique optimum: with unequal
+    weights it is the heaviest part, with equal ones any point of a geodesic; where a descent
+    stops is then chosen by its steps. W_2^2 selects one.
+
+    Args:
+        power: 2 for W_2^2, 1 for W_1.
+        metric: the diagonal of M in the ground metric |M (x - y)|; all 1 by default.
     """
 
     symbol = "interpolation"
 
-    def objective(self, priors: Sequence[Density]) -> Functional:
-        return _objective(self, [Wasserstein(p, power=2) for p in priors])
+    def __init__(
+        self,
+        *parts: Circuit,
+        weights: Sequence[float] | None = None,
+        reward: Potential | None = None,
+        power: Literal[1, 2] = 2,
+        metric: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__(*parts, weights=weights, reward=reward)
+        if power not in (1, 2):
+            raise ConfigError(f"Interpolation: power={power!r} must be 1 (W_1) or 2 (W_2^2).")
+        self.power: Literal[1, 2] = power
+        self.metric = None if metric is None else tuple(map(float, metric))
+
+    def objective(
+        self, priors: Sequence[Density], ratio: RatioEstimator | None = None
+    ) -> Functional:
+        return _objective(self, [Wasserstein(p, self.power, self.metric) for p in priors])
 
     def _exact(self, priors: Sequence[Quadrature]) -> Quadrature:
-        if self.reward is not None or len(priors[0].axes) > 1:
+        if self.reward is not None or len(priors[0].axes) > 1 or self.power == 1:
             raise UnsupportedError(
-                "Interpolation: the optimum on a grid is known in one dimension and without a "
-                "reward only."
+                "Interpolation: the optimum on a grid is known in one dimension, for W_2^2 and "
+                "without a reward only."
             )
         return barycentre(priors, self.shares)
+
+    def guided(self, reward: Potential) -> Interpolation:
+        return Interpolation(
+            *self.parts, weights=self.weights, reward=reward, power=self.power, metric=self.metric
+        )
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return text if self.power == 2 else text.replace(self.symbol, "interpolation_w1", 1)
 
 
 @final
@@ -291,7 +333,9 @@ class Contrast(Gate):
         if len(parts) != 2:
             raise ConfigError(f"Contrast takes two parts, a and not b; it got {len(parts)}.")
 
-    def objective(self, priors: Sequence[Density]) -> Functional:
+    def objective(
+        self, priors: Sequence[Density], ratio: RatioEstimator | None = None
+    ) -> Functional:
         odds = ExpectedReward(self._odds(priors))
         utility = self.total * odds - self.total * KL(priors[0])
         return utility if self.reward is None else ExpectedReward(self.reward) + utility

@@ -10,11 +10,16 @@ import torch
 from torch import Tensor
 
 from tiltflow.potential.base import Potential
-from tiltflow.types import Cond, expand_as
+from tiltflow.types import Access, Cond, expand_as
 
 
 class StepReward(Protocol):
     """A running reward f(x, t, s) earned on the step t -> s (already times the step's length)."""
+
+    @property
+    def offers(self) -> Access:
+        """What can be computed; solvers by adjoints need GRAD only."""
+        ...
 
     def value(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
         """(B, *event), (B,), (B,) -> (B,)."""
@@ -32,6 +37,10 @@ class Rate(StepReward):
 
     potential: Potential
     weight: Callable[[Tensor], Tensor] = torch.ones_like
+
+    @property
+    def offers(self) -> Access:
+        return self.potential.offers
 
     def value(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
         return (s - t) * self.weight(t) * self.potential.value(x, cond)

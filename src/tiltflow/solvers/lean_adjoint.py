@@ -292,6 +292,8 @@ class _Path:
         space = self.reference.space
         adjoint = space.project(adjoint, self.cond)
         adjoints, gain = [adjoint], value
+        if running is not None and Access.VALUE not in running.offers:
+            gain = None
         first = 0 if self.carried is None else self.carried.first
         for k in reversed(range(first, len(self.leaves))):
             leaf = self.leaves[k]

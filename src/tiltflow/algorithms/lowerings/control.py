@@ -1,0 +1,236 @@
+"""Gates as control problems: one problem, or a mirror descent of several."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+from torch import Tensor
+
+from tiltflow.algorithms.averaging import Disagreement, averaged
+from tiltflow.algorithms.lowerings.base import Job, Lowered
+from tiltflow.algorithms.mirror_descent import mirror_descent
+from tiltflow.delta import Correction, Full
+from tiltflow.density import FlowDensity
+from tiltflow.errors import CapabilityError, UnsupportedError
+from tiltflow.flow import ControlledProcess, FlowModel, freeze
+from tiltflow.kernel import LinearKernel
+from tiltflow.matching import distil
+from tiltflow.operators import Contrast, Gate, Intersection
+from tiltflow.potential import ZERO, Potential, StepReward
+from tiltflow.problem import PathProblem
+from tiltflow.ratio import Likelihood
+from tiltflow.sample import calibrated
+from tiltflow.seed import Seed
+from tiltflow.types import Access, Cond, expand_as
+
+APART = 5.0
+"""-log of the overlap, int prod_i p_i^{w_i}, in nats, from which on parts hardly meet."""
+
+
+def one_shot(job: Job) -> Lowered:
+    """An intersection as one control problem (methods, section 5.6 C)::
+
+        reference  the average of the models
+        running    -sum_i w_i |m_i - mbar|^2 / (2 v)          where they disagree
+        terminal   f / A
+
+    The product of path laws that share one noising kernel is the path law of the geometric mean,
+    so that the optimum is a flow although the problem has a running reward.
+    """
+    gate, start, settings, context = job.gate, job.start, job.settings, job.context
+    correction = start.delta.null() if isinstance(start.delta, Correction) else None
+    reference = freeze(
+        averaged(job.models, gate.shares, predicts=start.predicts, delta=correction)
+    )
+    reference = calibrated(
+        reference, seed=context.seed.child("calibration"),
+        num_steps=settings.solver.sampler.num_steps, conditions=job.conditions,
+    )  # fmt: skip
+    running = Disagreement(job.models, gate.shares, _kernel(job, reference), settings.until)
+    terminal = ZERO if gate.reward is None else (1 / gate.total) * gate.reward
+    init = None if correction is not None else start.with_moments(reference.moments or ((), ()))
+    solution = settings.solver.solve_path(
+        PathProblem(reference, terminal, running, job.conditions), context, init=init
+    )
+    # The one problem with a running reward whose optimum is a flow, see above.
+    model, stats = solution.model.model, dict(solution.stats)
+    if gate.reward is None:
+        stats["apart"] = _apart(model, running, job) + stats["path_kl"]
+        warn_if_apart(gate, stats["apart"])
+    refit = isinstance(start.delta, Full) if settings.refit is None else settings.refit
+    lowered = Lowered(model, "one_shot", stats)
+    return _refitted(solution.model, lowered, job) if refit else lowered
+
+
+def _kernel(job: Job, reference: FlowModel) -> LinearKernel:
+    kernel = job.settings.solver.sampler.kernel.resolved(reference)
+    if not isinstance(kernel, LinearKernel):
+        raise UnsupportedError(f"Merging: {type(kernel).__name__} has no steps of one evaluation.")
+    return kernel
+
+
+def _apart(model: FlowModel, running: Disagreement, job: Job) -> float:
+    """E[sum_k c_k] of the merged model's paths: with its path KL, -log of the overlap."""
+    solver, seed = job.settings.solver, job.context.seed.child("apart")
+    sampler, count, cond = solver.sampler, solver.num_evaluate, job.cond(solver.num_evaluate)
+    path = sampler.simulate(model, count, seed=seed, cond=cond)
+    times, total = sampler.times, torch.zeros(count)
+    for k, x in enumerate(path.states[:-1]):
+        t, s = (times[i].to(x).expand(count) for i in (k, k + 1))
+        total = total - running.value(x, t, s, cond).cpu()
+    return float(total.mean())
+
+
+def warn_if_apart(gate: Gate, apart: float) -> None:
+    """Say so if an intersection is hardly likely under any of its parts."""
+    if apart > APART:
+        warnings.warn(
+            f"merge: the parts of {gate} overlap by only exp(-{apart:.1f}): their intersection is "
+            "hardly likely under any of them, and its samples may be of neither.",
+            RuntimeWarning, stacklevel=5,
+        )  # fmt: skip
+
+
+def _refitted(process: ControlledProcess, lowered: Lowered, job: Job) -> Lowered:
+    """A flow with the law of a controlled process."""
+    settings, context = job.settings, job.context.child("refit")
+    sampler = settings.solver.sampler
+    model = distil(
+        process, process.model, sampler=sampler, count=settings.bank_size,
+        settings=settings.training, context=context, conditions=job.conditions,
+        batch_size=settings.batch_size,
+    )  # fmt: skip
+    model = calibrated(
+        freeze(model), seed=context.seed.child("moments"), conditions=job.conditions
+    )
+    return replace(lowered, model=model, stats={**lowered.stats, "refitted": 1.0})
+
+
+def terminal(job: Job) -> Lowered:
+    """A gate by mirror descent on its objective, with gradients at the end points only (methods,
+    section 5.5.2)::
+
+        p_{k+1}  ~  p_k exp((gamma / A) delta G[p_k])
+
+    The paper's algorithm. For an intersection (from scores) and a contrast one step with gamma = 1
+    is exact, for the others (from critics) errors of K trainings add up, and the start must cover
+    what it is to become.
+    """
+    gate, descent = job.gate, job.settings.descent
+    count, gamma = descent.plan(1 if isinstance(gate, Intersection | Contrast) else 20)
+    priors = [_density(job, model, job.context.seed.child("prior", i))
+              for i, model in enumerate(job.models)]  # fmt: skip
+    known = [p for p in priors if p.model is job.start]
+    prior = known[0] if known else _density(job, job.start, job.context.seed.child("prior"))
+    solution = mirror_descent(
+        gate.objective(priors, ratio=descent.ratio), job.start, job.settings.solver,
+        [gamma / gate.total] * count, context=job.context, prior=prior,
+        density=lambda model, seed: _density(job, model, seed), conditions=job.conditions,
+    )  # fmt: skip
+    stats = {**solution.stats, "iterations": float(count)}
+    return Lowered(solution.model, "terminal", stats)
+
+
+def _density(job: Job, model: FlowModel, seed: Seed) -> FlowDensity:
+    """The law of a model; a contrast also needs values of log p."""
+    settings, descent = job.settings, job.settings.descent
+    log = None
+    if isinstance(job.gate, Contrast):
+        log = Likelihood(model, settings.likelihood_steps, score_time=descent.score_time)
+    return FlowDensity(
+        model, sampler=settings.sampler, num_samples=descent.num_samples, seed=seed,
+        conditions=job.conditions, score_time=descent.score_time, log=log,
+    )  # fmt: skip
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class ScoreGap(StepReward):
+    """The running reward of gradient (s - t) weight(t) (sum_i w_i s_i - s_model)(x, t)."""
+
+    models: tuple[FlowModel, ...]
+    shares: tuple[float, ...]
+    model: FlowModel
+    weight: Callable[[Tensor], Tensor]
+
+    @property
+    def offers(self) -> Access:
+        return Access.GRAD
+
+    def value(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
+        raise CapabilityError("ScoreGap: only the gradient of this running reward is known.")
+
+    @torch.no_grad()
+    def grad(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
+        weight = (s - t) * self.weight(t)
+        if not bool(weight.any()):
+            return torch.zeros_like(x)
+        total = -self.model.score(x, t, cond)
+        for w, model in zip(self.shares, self.models, strict=True):
+            total = total + w * model.score(x, t, cond)
+        return expand_as(weight, x) * total
+
+
+def trajectory(job: Job) -> Lowered:
+    """An intersection by mirror descent on the objective of whole paths (methods, 5.5.3)::
+
+        running reward    gamma lambda_t (sum_i w_i s_i - s_k)(x, t)        by its gradient
+        terminal          gamma f / A
+
+    As published: scores are read off the velocity of the current process, whose running reward
+    makes them inexact, so that the iterates come to the average of the velocities, not to the
+    geometric mean (section 5.6 B). Few steps, and ``end_term``, come closer.
+    """
+    gate, descent = job.gate, job.settings.descent
+    count, gamma = descent.plan(5)
+    model, stats = job.start, dict[str, float]()
+    process = ControlledProcess(model)
+    for k in range(count):
+        reward = ZERO if gate.reward is None else (gamma / gate.total) * gate.reward
+        if descent.end_term:
+            reward = reward + gamma * _EndGap(job.models, gate.shares, model, descent.score_time)
+        running = ScoreGap(job.models, gate.shares, model, _path_weight(job, gamma))
+        problem = PathProblem(model, reward, running, job.conditions)
+        solution = job.settings.solver.solve_path(
+            problem, job.context.child("iteration", k), init=model
+        )
+        process, stats = solution.model, dict(solution.stats)
+        model = process.model
+    lowered = Lowered(model, "trajectory", {**stats, "iterations": float(count)})
+    return lowered if job.settings.refit is False else _refitted(process, lowered, job)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _EndGap(Potential):
+    """sum_i w_i log p_i - log p_model, by scores shortly before the end."""
+
+    models: tuple[FlowModel, ...]
+    shares: tuple[float, ...]
+    model: FlowModel
+    time: float
+
+    @property
+    def offers(self) -> Access:
+        return Access.GRAD
+
+    def _grad(self, x: Tensor, cond: Cond | None) -> Tensor:
+        t = torch.full_like(x.flatten(1)[:, 0], self.time)
+        gap = ScoreGap(self.models, self.shares, self.model, torch.ones_like)
+        return gap.grad(x, t, t + 1, cond)
+
+
+def _path_weight(job: Job, gamma: float) -> Callable[[Tensor], Tensor]:
+    """gamma lambda_t, zero near the data and at t = 0, where sigma is infinite."""
+    descent, schedule = job.settings.descent, job.start.schedule
+
+    def weight(t: Tensor) -> Tensor:
+        scale = schedule.sigma(t) if descent.path_weight == "sigma" else torch.ones_like(t)
+        inside = (t <= descent.until) & torch.isfinite(scale)
+        return torch.where(inside, gamma * scale, torch.zeros_like(t))
+
+    return weight
