@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         Attempt,
         Averaging,
         Descent,
+        Evidence,
         FeynmanKac,
         Fixed,
         Iterate,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
         TrainingFree,
         averaged,
         discover_modes,
+        gate_evidence,
         merge,
         mirror_descent,
         optimal_thresholds,
@@ -165,9 +167,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "algorithms": "Attempt Averaging Descent FeynmanKac Fixed Iterate LineSearch Lowered Merged "
-    "Merging PathKLBound Planned Planning RateRule Superposition TrainingFree averaged "
-    "discover_modes merge mirror_descent optimal_thresholds plan plan_and_tune tail_aware",
+    "algorithms": "Attempt Averaging Descent Evidence FeynmanKac Fixed Iterate LineSearch Lowered "
+    "Merged Merging PathKLBound Planned Planning RateRule Superposition TrainingFree averaged "
+    "discover_modes gate_evidence merge mirror_descent optimal_thresholds plan plan_and_tune "
+    "tail_aware",
     "analytic": "GaussianMixture gaussian ring",
     "context": "Backend Context SingleProcess Snapshot Step",
     "delta": "Correction Delta Full MLP",
@@ -261,6 +264,7 @@ __all__ = [
     "Estimate",
     "Euclidean",
     "EulerMaruyama",
+    "Evidence",
     "ExactRatio",
     "ExpectedReward",
     "Exponential",
@@ -370,6 +374,7 @@ __all__ = [
     "distil",
     "drawn",
     "fit_flow",
+    "gate_evidence",
     "gaussian",
     "merge",
     "mirror_descent",

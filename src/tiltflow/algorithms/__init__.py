@@ -2,6 +2,7 @@
 
 from tiltflow.algorithms.averaging import averaged
 from tiltflow.algorithms.bank_plan import Planned, Planning, plan
+from tiltflow.algorithms.evidence import Evidence, gate_evidence
 from tiltflow.algorithms.feynman_kac import FeynmanKac
 from tiltflow.algorithms.lowerings import Descent, Lowered, Merging
 from tiltflow.algorithms.merging import Merged, merge
@@ -18,6 +19,7 @@ __all__ = [
     "Attempt",
     "Averaging",
     "Descent",
+    "Evidence",
     "FeynmanKac",
     "Fixed",
     "Iterate",
@@ -34,6 +36,7 @@ __all__ = [
     "TrainingFree",
     "averaged",
     "discover_modes",
+    "gate_evidence",
     "merge",
     "mirror_descent",
     "optimal_thresholds",

@@ -31,8 +31,13 @@ class Merged:
     gates: Mapping[str, Lowered]
 
 
-def ignore(job: Job, lowered: Lowered) -> None:
+def ignore(key: str, job: Job, lowered: Lowered) -> None:
     """Default of ``on_gate``."""
+
+
+def nothing(key: str, job: Job) -> Lowered | None:
+    """Default of ``known``."""
+    return None
 
 
 def merge(
@@ -45,8 +50,8 @@ def merge(
     lowerings: Mapping[type[Gate], str] | None = None,
     rewards: Mapping[str, Potential] | None = None,
     conditions: Conditions | None = None,
-    completed: Mapping[str, Lowered] | None = None,
-    on_gate: Callable[[Job, Lowered], None] = ignore,
+    known: Callable[[str, Job], Lowered | None] = nothing,
+    on_gate: Callable[[str, Job, Lowered], None] = ignore,
 ) -> Merged:
     """One model for a circuit of pre-trained ones (RFM, arXiv 2602.08012), gate by gate.
 
@@ -65,9 +70,9 @@ def merge(
         rewards: of gates in a text, by name.
         conditions: law of the conditions, for conditional models; each condition is merged by
             itself. ``views.conditioned`` merges different conditions.
-        completed: gates of an earlier call with the same arguments, by their keys in ``gates``;
-            taken instead of made, and not reported again.
-        on_gate: called with each gate's job and its model.
+        known: ``(key, job)`` -> what an earlier call with the same arguments made of the gate
+            (``lowerings.untrained`` is the model to load it into), or ``None``; then it is made.
+        on_gate: called with each gate's key in ``gates``, its job, and what was made.
 
     Raises:
         ConfigError: before any work, for a name without a model, an unknown lowering, models of
@@ -87,7 +92,7 @@ def merge(
         )
     models = _prepared({name: models[name] for name in root.names}, start, conditions)
     chosen = chosen_lowerings(root, lowerings or {}, conditional=conditions is not None)
-    settings, done = settings or Merging(), completed or {}
+    settings = settings or Merging()
     made, keys = dict[str, Lowered](), _Keys([])
     for node, name in chosen:
         key = keys.of(node)
@@ -95,12 +100,13 @@ def merge(
             continue
         parts = tuple(_model(part, models, made, keys) for part in node.parts)
         at = context.child("gate", len(made))
-        job = Job(node, parts, start or parts[0], settings, at, conditions)
-        if key in done:
-            made[key] = done[key]
-            continue
-        made[key] = LOWERINGS[type(node)][name].make(job)
-        on_gate(job, made[key])
+        job = Job(node, parts, start or parts[0], name, settings, at, conditions)
+        earlier = known(key, job)
+        if earlier is None:
+            made[key] = LOWERINGS[type(node)][name].make(job)
+            on_gate(key, job, made[key])
+        else:
+            made[key] = earlier
     return Merged(_model(root, models, made, keys), made)
 
 

@@ -1,7 +1,7 @@
 """How a gate becomes a model: control problems, or one regression on merged samples."""
 
 from tiltflow.algorithms.lowerings.base import Descent, Job, Lowered, Lowering, Merging
-from tiltflow.algorithms.lowerings.control import one_shot, terminal, trajectory
+from tiltflow.algorithms.lowerings.control import one_shot, terminal, trajectory, untrained
 from tiltflow.algorithms.lowerings.regression import distilled, geometric, thinned, transported
 from tiltflow.operators import Contrast, Gate, Interpolation, Intersection, Union
 from tiltflow.types import Access
@@ -37,4 +37,4 @@ LOWERINGS: dict[type[Gate], dict[str, Lowering]] = {
 }
 """By gate; the first that can make a gate is the default."""
 
-__all__ = ["LOWERINGS", "Descent", "Job", "Lowered", "Lowering", "Merging"]
+__all__ = ["LOWERINGS", "Descent", "Job", "Lowered", "Lowering", "Merging", "untrained"]

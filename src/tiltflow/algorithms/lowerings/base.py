@@ -122,6 +122,7 @@ class Job:
         gate: the gate.
         models: of its parts, on one schedule.
         start: where trainings start from, on that schedule too.
+        lowering: name of how it is to become one.
         settings, context: of the trainings.
         conditions: law of the conditions of conditional models.
     """
@@ -129,6 +130,7 @@ class Job:
     gate: Gate
     models: tuple[FlowModel, ...]
     start: FlowModel
+    lowering: str
     settings: Merging
     context: Context
     conditions: Conditions | None = None

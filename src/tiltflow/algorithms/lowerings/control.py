@@ -42,17 +42,14 @@ def one_shot(job: Job) -> Lowered:
     so that the optimum is a flow although the problem has a running reward.
     """
     gate, start, settings, context = job.gate, job.start, job.settings, job.context
-    correction = start.delta.null() if isinstance(start.delta, Correction) else None
-    reference = freeze(
-        averaged(job.models, gate.shares, predicts=start.predicts, delta=correction)
-    )
     reference = calibrated(
-        reference, seed=context.seed.child("calibration"),
+        _average(job), seed=context.seed.child("calibration"),
         num_steps=settings.solver.sampler.num_steps, conditions=job.conditions,
     )  # fmt: skip
     running = Disagreement(job.models, gate.shares, _kernel(job, reference), settings.until)
     terminal = ZERO if gate.reward is None else (1 / gate.total) * gate.reward
-    init = None if correction is not None else start.with_moments(reference.moments or ((), ()))
+    whole = isinstance(start.delta, Full)
+    init = start.with_moments(reference.moments or ((), ())) if whole else None
     solution = settings.solver.solve_path(
         PathProblem(reference, terminal, running, job.conditions), context, init=init
     )
@@ -61,9 +58,24 @@ def one_shot(job: Job) -> Lowered:
     if gate.reward is None:
         stats["apart"] = _apart(model, running, job) + stats["path_kl"]
         warn_if_apart(gate, stats["apart"])
-    refit = isinstance(start.delta, Full) if settings.refit is None else settings.refit
-    lowered = Lowered(model, "one_shot", stats)
+    refit = whole if settings.refit is None else settings.refit
+    lowered = Lowered(model, job.lowering, stats)
     return _refitted(solution.model, lowered, job) if refit else lowered
+
+
+def _average(job: Job) -> FlowModel:
+    """The reference: with a correction that is still zero, where such are trained."""
+    start, correction = job.start, None
+    if isinstance(start.delta, Correction):
+        correction = start.delta.null()
+    return freeze(averaged(job.models, job.gate.shares, predicts=start.predicts, delta=correction))
+
+
+def untrained(job: Job) -> FlowModel:
+    """A model of the structure that the job makes, to load a trained one into."""
+    if job.lowering == "one_shot" and isinstance(job.start.delta, Correction):
+        return _average(job).clone()
+    return job.start.clone()
 
 
 def _kernel(job: Job, reference: FlowModel) -> LinearKernel:
@@ -132,7 +144,7 @@ def terminal(job: Job) -> Lowered:
         density=lambda model, seed: _density(job, model, seed), conditions=job.conditions,
     )  # fmt: skip
     stats = {**solution.stats, "iterations": float(count)}
-    return Lowered(solution.model, "terminal", stats)
+    return Lowered(solution.model, job.lowering, stats)
 
 
 def _density(job: Job, model: FlowModel, seed: Seed) -> FlowDensity:
@@ -200,7 +212,7 @@ def trajectory(job: Job) -> Lowered:
         )
         process, stats = solution.model, dict(solution.stats)
         model = process.model
-    lowered = Lowered(model, "trajectory", {**stats, "iterations": float(count)})
+    lowered = Lowered(model, job.lowering, {**stats, "iterations": float(count)})
     return lowered if job.settings.refit is False else _refitted(process, lowered, job)
 
 

@@ -42,7 +42,7 @@ def distilled(job: Job) -> Lowered:
             each = weights[group]
             weights[group] = each * union_weights(f[group], each, gate.total)
         bank = replace(bank, weights=weights / weights.sum())
-    return _fitted(bank, "distilled", job)
+    return _fitted(bank, job)
 
 
 def _mixture(job: Job) -> Bank:
@@ -105,7 +105,7 @@ def transported(job: Job) -> Lowered:
             for i, model in enumerate(job.models)
         ]
         points.append(_barycentre(job.gate, samples, settings.transports))
-    return _fitted(Bank.equal(torch.cat(points)), "transported", job)
+    return _fitted(Bank.equal(torch.cat(points)), job)
 
 
 def _barycentre(gate: Gate, samples: Sequence[Tensor], transports: int) -> Tensor:
@@ -154,7 +154,7 @@ def thinned(job: Job) -> Lowered:
     own, other = (Likelihood(model, settings.likelihood_steps) for model in job.models)
     odds = Odds(own, other, math.log(gate.weights[1] / gate.weights[0]))
     log_weights = odds.value(bank.points, cond).double()
-    return _fitted(_weighted(bank, log_weights + _tilt(gate, bank)), "thinned", job)
+    return _fitted(_weighted(bank, log_weights + _tilt(gate, bank)), job)
 
 
 def geometric(job: Job) -> Lowered:
@@ -168,7 +168,7 @@ def geometric(job: Job) -> Lowered:
     log_weights = (shares * logs).sum(0) - (shares.log() + logs).logsumexp(0)
     apart = -float(log_weights.logsumexp(0) - math.log(len(log_weights)))
     warn_if_apart(gate, apart)
-    lowered = _fitted(_weighted(bank, log_weights + _tilt(gate, bank)), "weighted", job)
+    lowered = _fitted(_weighted(bank, log_weights + _tilt(gate, bank)), job)
     return replace(lowered, stats={**lowered.stats, "apart": apart})
 
 
@@ -179,7 +179,7 @@ def _tilt(gate: Gate, bank: Bank) -> Tensor:
     return gate.reward.value(bank.points, bank.cond).double() / gate.total
 
 
-def _fitted(bank: Bank, lowering: str, job: Job) -> Lowered:
+def _fitted(bank: Bank, job: Job) -> Lowered:
     """``start``, refitted to a bank."""
     model, settings, context = job.start.clone(), job.settings, job.context
     stats = fit_flow(
@@ -187,4 +187,4 @@ def _fitted(bank: Bank, lowering: str, job: Job) -> Lowered:
     )
     seed = context.seed.child("moments")
     model = calibrated(freeze(model), seed=seed, conditions=job.conditions)
-    return Lowered(model, lowering, dict(stats))
+    return Lowered(model, job.lowering, dict(stats))
