@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         FeynmanKac,
         Fixed,
         Iterate,
+        Keeper,
         LineSearch,
         Lowered,
         Merged,
@@ -167,10 +168,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "algorithms": "Attempt Averaging Descent Evidence FeynmanKac Fixed Iterate LineSearch Lowered "
-    "Merged Merging PathKLBound Planned Planning RateRule Superposition TrainingFree averaged "
-    "discover_modes gate_evidence merge mirror_descent optimal_thresholds plan plan_and_tune "
-    "tail_aware",
+    "algorithms": "Attempt Averaging Descent Evidence FeynmanKac Fixed Iterate Keeper LineSearch "
+    "Lowered Merged Merging PathKLBound Planned Planning RateRule Superposition TrainingFree "
+    "averaged discover_modes gate_evidence merge mirror_descent optimal_thresholds plan "
+    "plan_and_tune tail_aware",
     "analytic": "GaussianMixture gaussian ring",
     "context": "Backend Context SingleProcess Snapshot Step",
     "delta": "Correction Delta Full MLP",
@@ -291,6 +292,7 @@ __all__ = [
     "InverseMultiquadric",
     "Iterate",
     "JensenShannon",
+    "Keeper",
     "Kernel",
     "KernelDiversity",
     "LaplaceSimilarity",

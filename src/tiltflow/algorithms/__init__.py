@@ -4,7 +4,7 @@ from tiltflow.algorithms.averaging import averaged
 from tiltflow.algorithms.bank_plan import Planned, Planning, plan
 from tiltflow.algorithms.evidence import Evidence, gate_evidence
 from tiltflow.algorithms.feynman_kac import FeynmanKac
-from tiltflow.algorithms.lowerings import Descent, Lowered, Merging
+from tiltflow.algorithms.lowerings import Descent, Keeper, Lowered, Merging
 from tiltflow.algorithms.merging import Merged, merge
 from tiltflow.algorithms.mirror_descent import Iterate, mirror_descent
 from tiltflow.algorithms.modes import discover_modes
@@ -23,6 +23,7 @@ __all__ = [
     "FeynmanKac",
     "Fixed",
     "Iterate",
+    "Keeper",
     "LineSearch",
     "Lowered",
     "Merged",

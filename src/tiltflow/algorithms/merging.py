@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
 
 from tiltflow.algorithms.averaging import aligned
-from tiltflow.algorithms.lowerings import LOWERINGS, Job, Lowered, Merging
+from tiltflow.algorithms.lowerings import LOWERINGS, Job, Keeper, Lowered, Merging
 from tiltflow.context import Context
 from tiltflow.errors import ConfigError, UnsupportedError
 from tiltflow.flow import FlowModel
@@ -31,15 +31,6 @@ class Merged:
     gates: Mapping[str, Lowered]
 
 
-def ignore(key: str, job: Job, lowered: Lowered) -> None:
-    """Default of ``on_gate``."""
-
-
-def nothing(key: str, job: Job) -> Lowered | None:
-    """Default of ``known``."""
-    return None
-
-
 def merge(
     expression: Circuit | str,
     models: Mapping[str, FlowModel],
@@ -50,8 +41,7 @@ def merge(
     lowerings: Mapping[type[Gate], str] | None = None,
     rewards: Mapping[str, Potential] | None = None,
     conditions: Conditions | None = None,
-    known: Callable[[str, Job], Lowered | None] = nothing,
-    on_gate: Callable[[str, Job, Lowered], None] = ignore,
+    keeper: Keeper | None = None,
 ) -> Merged:
     """One model for a circuit of pre-trained ones (RFM, arXiv 2602.08012), gate by gate.
 
@@ -70,9 +60,7 @@ def merge(
         rewards: of gates in a text, by name.
         conditions: law of the conditions, for conditional models; each condition is merged by
             itself. ``views.conditioned`` merges different conditions.
-        known: ``(key, job)`` -> what an earlier call with the same arguments made of the gate
-            (``lowerings.untrained`` is the model to load it into), or ``None``; then it is made.
-        on_gate: called with each gate's key in ``gates``, its job, and what was made.
+        keeper: is told what has been made, and knows what an earlier call made.
 
     Raises:
         ConfigError: before any work, for a name without a model, an unknown lowering, models of
@@ -93,6 +81,7 @@ def merge(
     models = _prepared({name: models[name] for name in root.names}, start, conditions)
     chosen = chosen_lowerings(root, lowerings or {}, conditional=conditions is not None)
     settings = settings or Merging()
+    keeper = keeper or Keeper()
     made, keys = dict[str, Lowered](), _Keys([])
     for node, name in chosen:
         key = keys.of(node)
@@ -100,13 +89,11 @@ def merge(
             continue
         parts = tuple(_model(part, models, made, keys) for part in node.parts)
         at = context.child("gate", len(made))
-        job = Job(node, parts, start or parts[0], name, settings, at, conditions)
-        earlier = known(key, job)
+        job = Job(node, parts, start or parts[0], name, settings, at, conditions, keeper)
+        earlier = keeper.gate(key, job)
+        made[key] = earlier or LOWERINGS[type(node)][name].make(job)
         if earlier is None:
-            made[key] = LOWERINGS[type(node)][name].make(job)
-            on_gate(key, job, made[key])
-        else:
-            made[key] = earlier
+            keeper.made(key, job, made[key])
     return Merged(_model(root, models, made, keys), made)
 
 

@@ -1,6 +1,13 @@
 """How a gate becomes a model: control problems, or one regression on merged samples."""
 
-from tiltflow.algorithms.lowerings.base import Descent, Job, Lowered, Lowering, Merging
+from tiltflow.algorithms.lowerings.base import (
+    Descent,
+    Job,
+    Keeper,
+    Lowered,
+    Lowering,
+    Merging,
+)
 from tiltflow.algorithms.lowerings.control import one_shot, terminal, trajectory, untrained
 from tiltflow.algorithms.lowerings.regression import distilled, geometric, thinned, transported
 from tiltflow.operators import Contrast, Gate, Interpolation, Intersection, Union
@@ -37,4 +44,4 @@ LOWERINGS: dict[type[Gate], dict[str, Lowering]] = {
 }
 """By gate; the first that can make a gate is the default."""
 
-__all__ = ["LOWERINGS", "Descent", "Job", "Lowered", "Lowering", "Merging", "untrained"]
+__all__ = ["LOWERINGS", "Descent", "Job", "Keeper", "Lowered", "Lowering", "Merging", "untrained"]

@@ -10,6 +10,7 @@ from tiltflow.context import Context
 from tiltflow.errors import ConfigError
 from tiltflow.flow import FlowModel
 from tiltflow.operators import Gate
+from tiltflow.problem import Solution
 from tiltflow.ratio import LogisticRatio, RatioEstimator
 from tiltflow.sample import Sampler
 from tiltflow.solvers import AdjointMatching
@@ -115,6 +116,38 @@ class Merging:
 
 @final
 @dataclass(frozen=True)
+class Lowered:
+    """A gate's model, and what is known about it."""
+
+    model: FlowModel
+    lowering: str
+    stats: dict[str, float]
+
+
+class Keeper:
+    """Keeps what a merge has made, so that one that was killed goes on; this one keeps nothing.
+
+    What it returns must be what an earlier call with the same arguments gave it, loaded into
+    ``lowerings.untrained(job)``.
+    """
+
+    def gate(self, key: str, job: Job) -> Lowered | None:
+        """A gate that was made earlier."""
+        return None
+
+    def made(self, key: str, job: Job, lowered: Lowered) -> None:
+        """Keep a gate that has just been made."""
+
+    def solve(self, job: Job, number: int) -> Solution[FlowModel] | None:
+        """Control problem ``number`` of a gate that was solved earlier."""
+        return None
+
+    def solved(self, job: Job, number: int, solution: Solution[FlowModel]) -> None:
+        """Keep a control problem that has just been solved."""
+
+
+@final
+@dataclass(frozen=True)
 class Job:
     """A gate that is to become a model.
 
@@ -125,6 +158,7 @@ class Job:
         lowering: name of how it is to become one.
         settings, context: of the trainings.
         conditions: law of the conditions of conditional models.
+        keeper: of solved problems.
     """
 
     gate: Gate
@@ -134,22 +168,13 @@ class Job:
     settings: Merging
     context: Context
     conditions: Conditions | None = None
+    keeper: Keeper = field(default_factory=Keeper)
 
     def cond(self, count: int, *labels: str | int) -> Cond | None:
         """The conditions of ``count`` samples."""
         if self.conditions is None:
             return None
         return self.conditions.draw(count, self.context.seed.child(*labels, "cond"))
-
-
-@final
-@dataclass(frozen=True)
-class Lowered:
-    """A gate's model, and what is known about it."""
-
-    model: FlowModel
-    lowering: str
-    stats: dict[str, float]
 
 
 @final

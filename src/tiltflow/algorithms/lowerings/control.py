@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from torch import Tensor
 from tiltflow.algorithms.averaging import Disagreement, averaged
 from tiltflow.algorithms.lowerings.base import Job, Lowered
 from tiltflow.algorithms.mirror_descent import mirror_descent
+from tiltflow.context import Context
 from tiltflow.delta import Correction, Full
 from tiltflow.density import FlowDensity
 from tiltflow.errors import CapabilityError, UnsupportedError
@@ -21,7 +23,7 @@ from tiltflow.kernel import LinearKernel
 from tiltflow.matching import distil
 from tiltflow.operators import Contrast, Gate, Intersection
 from tiltflow.potential import ZERO, Potential, StepReward
-from tiltflow.problem import PathProblem
+from tiltflow.problem import PathProblem, Solution
 from tiltflow.ratio import Likelihood
 from tiltflow.sample import calibrated
 from tiltflow.seed import Seed
@@ -50,17 +52,30 @@ def one_shot(job: Job) -> Lowered:
     terminal = ZERO if gate.reward is None else (1 / gate.total) * gate.reward
     whole = isinstance(start.delta, Full)
     init = start.with_moments(reference.moments or ((), ())) if whole else None
-    solution = settings.solver.solve_path(
-        PathProblem(reference, terminal, running, job.conditions), context, init=init
-    )
+    problem = PathProblem(reference, terminal, running, job.conditions)
+    solution = _solved(job, 0, problem, context, init)
     # The one problem with a running reward whose optimum is a flow, see above.
-    model, stats = solution.model.model, dict(solution.stats)
+    model, stats = solution.model, dict(solution.stats)
     if gate.reward is None:
         stats["apart"] = _apart(model, running, job) + stats["path_kl"]
         warn_if_apart(gate, stats["apart"])
     refit = whole if settings.refit is None else settings.refit
     lowered = Lowered(model, job.lowering, stats)
-    return _refitted(solution.model, lowered, job) if refit else lowered
+    return _refitted(lowered, job) if refit else lowered
+
+
+def _solved(
+    job: Job, number: int, problem: PathProblem[FlowModel], context: Context,
+    init: FlowModel | None,
+) -> Solution[FlowModel]:  # fmt: skip
+    """A problem with a running reward, unless it has been solved before; the process's model."""
+    known = job.keeper.solve(job, number)
+    if known is not None:
+        return known
+    found = job.settings.solver.solve_path(problem, context, init=init)
+    solution = Solution(found.model.model, found.result, found.stats)
+    job.keeper.solved(job, number, solution)
+    return solution
 
 
 def _average(job: Job) -> FlowModel:
@@ -107,12 +122,12 @@ def warn_if_apart(gate: Gate, apart: float) -> None:
         )  # fmt: skip
 
 
-def _refitted(process: ControlledProcess, lowered: Lowered, job: Job) -> Lowered:
-    """A flow with the law of a controlled process."""
+def _refitted(lowered: Lowered, job: Job) -> Lowered:
+    """A flow with the law of the process that a problem with a running reward led to."""
     settings, context = job.settings, job.context.child("refit")
     sampler = settings.solver.sampler
     model = distil(
-        process, process.model, sampler=sampler, count=settings.bank_size,
+        ControlledProcess(lowered.model), lowered.model, sampler=sampler, count=settings.bank_size,
         settings=settings.training, context=context, conditions=job.conditions,
         batch_size=settings.batch_size,
     )  # fmt: skip
@@ -138,10 +153,14 @@ def terminal(job: Job) -> Lowered:
               for i, model in enumerate(job.models)]  # fmt: skip
     known = [p for p in priors if p.model is job.start]
     prior = known[0] if known else _density(job, job.start, job.context.seed.child("prior"))
+    earlier = [job.keeper.solve(job, k) for k in range(count)]
+    completed = list(itertools.takewhile(lambda solution: solution is not None, earlier))
     solution = mirror_descent(
         gate.objective(priors, ratio=descent.ratio), job.start, job.settings.solver,
         [gamma / gate.total] * count, context=job.context, prior=prior,
         density=lambda model, seed: _density(job, model, seed), conditions=job.conditions,
+        completed=[solution for solution in completed if solution is not None],
+        on_iterate=lambda k, iterate: job.keeper.solved(job, k, iterate.solution),
     )  # fmt: skip
     stats = {**solution.stats, "iterations": float(count)}
     return Lowered(solution.model, job.lowering, stats)
@@ -200,20 +219,16 @@ def trajectory(job: Job) -> Lowered:
     gate, descent = job.gate, job.settings.descent
     count, gamma = descent.plan(5)
     model, stats = job.start, dict[str, float]()
-    process = ControlledProcess(model)
     for k in range(count):
         reward = ZERO if gate.reward is None else (gamma / gate.total) * gate.reward
         if descent.end_term:
             reward = reward + gamma * _EndGap(job.models, gate.shares, model, descent.score_time)
         running = ScoreGap(job.models, gate.shares, model, _path_weight(job, gamma))
         problem = PathProblem(model, reward, running, job.conditions)
-        solution = job.settings.solver.solve_path(
-            problem, job.context.child("iteration", k), init=model
-        )
-        process, stats = solution.model, dict(solution.stats)
-        model = process.model
+        solution = _solved(job, k, problem, job.context.child("iteration", k), model)
+        model, stats = solution.model, dict(solution.stats)
     lowered = Lowered(model, job.lowering, {**stats, "iterations": float(count)})
-    return lowered if job.settings.refit is False else _refitted(process, lowered, job)
+    return lowered if job.settings.refit is False else _refitted(lowered, job)
 
 
 @final
