@@ -15,7 +15,7 @@ import tiltflow
 PACKAGE = Path(tiltflow.__file__).parent
 LAYERS = [
     "errors types seed context",
-    "schedule space potential features distances similarity",
+    "schedule space potential features distances similarity molecules",
     "delta flow guidance views",
     "kernel",
     "sample training",
