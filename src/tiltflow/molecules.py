@@ -115,7 +115,7 @@ class Layout:
             ConfigError: for an element that has no column.
         """
         numbers, mask = molecules.numbers, molecules.mask
-        unknown = [z for z in sorted({*numbers.flatten().tolist()}) if z and z not in self.elements]
+        unknown = sorted({*numbers.flatten().tolist()} - {0, *self.elements})
         if unknown:
             raise ConfigError(
                 f"Layout.encode: element {unknown[0]} ({SYMBOLS[unknown[0]]}) is not among "

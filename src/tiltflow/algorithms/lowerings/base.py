@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, final
 
 from tiltflow.context import Context
+from tiltflow.delta import Full
 from tiltflow.errors import ConfigError
 from tiltflow.flow import FlowModel
 from tiltflow.operators import Gate
@@ -28,7 +29,10 @@ class Descent:
             intersection or a contrast), 20 for other ``terminal`` ones, 5 for ``trajectory``.
         rate: gamma = rate of a step times A, between 0 and 1. By default 1 with one iteration,
             else 0.2.
-        score_time: time at which scores are read at the end points (published: 0.995 to 0.9).
+        score_time: time t at which scores of end points are read (published: 0.995 to 0.9), as
+            alpha s_t(alpha x), the score of the data with noise beta / alpha. By default 0.99,
+            or 0.9 where the network itself is trained (``Full``): errors of learned velocities
+            grow like 1 / (1 - t) in scores, and off the data they have no bound.
         num_samples: samples of the current model and of each part for critics.
         ratio: how log(pbar / p) of a union is learned; the clip is the published remedy against
             overshooting where p misses a part.
@@ -41,7 +45,7 @@ class Descent:
 
     num_iterations: int | None = None
     rate: float | None = None
-    score_time: float = 0.99
+    score_time: float | None = None
     num_samples: int = 4096
     ratio: RatioEstimator = field(default_factory=lambda: LogisticRatio(clip=3.0))
     path_weight: Literal["sigma", "constant"] = "sigma"
@@ -52,7 +56,7 @@ class Descent:
         checks = {
             "num_iterations": self.num_iterations is None or self.num_iterations >= 1,
             "rate": self.rate is None or 0 < self.rate <= 1,
-            "score_time": 0 < self.score_time < 1,
+            "score_time": self.score_time is None or 0 < self.score_time < 1,
             "num_samples": self.num_samples >= 2,
             "until": 0 < self.until < 1,
             "path_weight": self.path_weight in ("sigma", "constant"),
@@ -169,6 +173,16 @@ class Job:
     context: Context
     conditions: Conditions | None = None
     keeper: Keeper = field(default_factory=Keeper)
+
+    @property
+    def learned(self) -> bool:
+        """Whether the network itself is trained, which then has errors of its own."""
+        return isinstance(self.start.delta, Full)
+
+    @property
+    def score_time(self) -> float:
+        """``Descent.score_time``, or its default."""
+        return self.settings.descent.score_time or (0.9 if self.learned else 0.99)
 
     def cond(self, count: int, *labels: str | int) -> Cond | None:
         """The conditions of ``count`` samples."""

@@ -15,7 +15,7 @@ from tiltflow.algorithms.averaging import Disagreement, averaged
 from tiltflow.algorithms.lowerings.base import Job, Lowered
 from tiltflow.algorithms.mirror_descent import mirror_descent
 from tiltflow.context import Context
-from tiltflow.delta import Correction, Full
+from tiltflow.delta import Correction
 from tiltflow.density import FlowDensity
 from tiltflow.errors import CapabilityError, UnsupportedError
 from tiltflow.flow import ControlledProcess, FlowModel, freeze
@@ -50,8 +50,7 @@ def one_shot(job: Job) -> Lowered:
     )  # fmt: skip
     running = Disagreement(job.models, gate.shares, _kernel(job, reference), settings.until)
     terminal = ZERO if gate.reward is None else (1 / gate.total) * gate.reward
-    whole = isinstance(start.delta, Full)
-    init = start.with_moments(reference.moments or ((), ())) if whole else None
+    init = start.with_moments(reference.moments or ((), ())) if job.learned else None
     problem = PathProblem(reference, terminal, running, job.conditions)
     solution = _solved(job, 0, problem, context, init)
     # The one problem with a running reward whose optimum is a flow, see above.
@@ -59,7 +58,7 @@ def one_shot(job: Job) -> Lowered:
     if gate.reward is None:
         stats["apart"] = _apart(model, running, job) + stats["path_kl"]
         warn_if_apart(gate, stats["apart"])
-    refit = whole if settings.refit is None else settings.refit
+    refit = job.learned if settings.refit is None else settings.refit
     lowered = Lowered(model, job.lowering, stats)
     return _refitted(lowered, job) if refit else lowered
 
@@ -168,14 +167,36 @@ def terminal(job: Job) -> Lowered:
 
 def _density(job: Job, model: FlowModel, seed: Seed) -> FlowDensity:
     """The law of a model; a contrast also needs values of log p."""
-    settings, descent = job.settings, job.settings.descent
-    log = None
+    settings, time = job.settings, job.score_time
+    log: Potential = EndScore(model, time)
     if isinstance(job.gate, Contrast):
-        log = Likelihood(model, settings.likelihood_steps, score_time=descent.score_time)
+        log = Likelihood(model, settings.likelihood_steps, score_time=time)
     return FlowDensity(
-        model, sampler=settings.sampler, num_samples=descent.num_samples, seed=seed,
-        conditions=job.conditions, score_time=descent.score_time, log=log,
+        model, sampler=settings.sampler, num_samples=settings.descent.num_samples, seed=seed,
+        conditions=job.conditions, score_time=time, log=log,
     )  # fmt: skip
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class EndScore(Potential):
+    """The score of a model's data with a little noise, X_1 + (beta_t / alpha_t) noise, by its
+    gradient alpha_t s_t(alpha_t x)."""
+
+    model: FlowModel
+    time: float
+
+    @property
+    def offers(self) -> Access:
+        return Access.GRAD
+
+    @torch.no_grad()
+    def _grad(self, x: Tensor, cond: Cond | None) -> Tensor:
+        alpha = float(self.model.schedule.alpha(torch.tensor(self.time, dtype=torch.float64)))
+        return alpha * self.model.score(alpha * x, self.time, cond)
+
+    def __str__(self) -> str:
+        return f"log p (score of the model at t = {self.time:g})"
 
 
 @final
@@ -222,7 +243,7 @@ def trajectory(job: Job) -> Lowered:
     for k in range(count):
         reward = ZERO if gate.reward is None else (gamma / gate.total) * gate.reward
         if descent.end_term:
-            reward = reward + gamma * _EndGap(job.models, gate.shares, model, descent.score_time)
+            reward = reward + gamma * _end_gap(job, model)
         running = ScoreGap(job.models, gate.shares, model, _path_weight(job, gamma))
         problem = PathProblem(model, reward, running, job.conditions)
         solution = _solved(job, k, problem, job.context.child("iteration", k), model)
@@ -231,24 +252,11 @@ def trajectory(job: Job) -> Lowered:
     return lowered if job.settings.refit is False else _refitted(lowered, job)
 
 
-@final
-@dataclass(frozen=True, eq=False)
-class _EndGap(Potential):
-    """sum_i w_i log p_i - log p_model, by scores shortly before the end."""
-
-    models: tuple[FlowModel, ...]
-    shares: tuple[float, ...]
-    model: FlowModel
-    time: float
-
-    @property
-    def offers(self) -> Access:
-        return Access.GRAD
-
-    def _grad(self, x: Tensor, cond: Cond | None) -> Tensor:
-        t = torch.full_like(x.flatten(1)[:, 0], self.time)
-        gap = ScoreGap(self.models, self.shares, self.model, torch.ones_like)
-        return gap.grad(x, t, t + 1, cond)
+def _end_gap(job: Job, model: FlowModel) -> Potential:
+    """sum_i w_i log p_i - log p_model."""
+    parts = [w * EndScore(m, job.score_time)
+             for w, m in zip(job.gate.shares, job.models, strict=True)]  # fmt: skip
+    return sum(parts[1:], parts[0]) - EndScore(model, job.score_time)
 
 
 def _path_weight(job: Job, gamma: float) -> Callable[[Tensor], Tensor]:
