@@ -170,6 +170,37 @@ def test_bank_of_an_intersection(banks: list[Bank]) -> None:
         assert abs(variance - exact) < 4.5 * exact * math.sqrt(2 / effective) + 0.01
 
 
+def test_particles_of_an_intersection(banks: list[Bank]) -> None:
+    models = {"a": normal(0, 1), "b": normal(0, 0.5)}
+    square = Differentiable(lambda x: -(x[:, 0] ** 2))
+    for gate, exact in ((A & B, 0.4), ((A & B).guided(square), 2 / 7)):
+        out = merge(
+            gate, models, context=Context(), settings=settings(1, bank_size=4000),
+            lowerings={Intersection: "particles"},
+        )  # fmt: skip
+        _, variance, _ = mean_and_variance(banks[-1])
+        stats = next(iter(out.gates.values())).stats
+        # Steps of finite size cost a little beside the error of the sample.
+        assert abs(variance - exact) < 4.5 * exact * math.sqrt(2 / stats["ancestors"]) + 0.01
+        if gate.reward is None:
+            assert stats["apart"] == pytest.approx(0.5 * math.log(1.25), abs=0.03)
+
+
+def test_log_densities_by_random_signs(banks: list[Bank]) -> None:
+    """In one dimension one sign is exact."""
+    models, found = [normal(0, 1), normal(0, 0.5)], []
+    for trace in ("exact", "hutchinson"):
+        given = replace(settings(1, bank_size=500), trace=trace)
+        merge(
+            A & B, dict(zip("ab", models, strict=True)), context=Context(), settings=given,
+            lowerings={Intersection: "weighted"},
+        )  # fmt: skip
+        found.append(banks[-1].weights)
+    assert torch.allclose(found[0], found[1], rtol=1e-4)
+    with pytest.raises(ConfigError, match="trace"):
+        Merging(trace="none")  # type: ignore[arg-type]
+
+
 def test_points_of_an_interpolation(banks: list[Bank]) -> None:
     """Mean and standard deviation interpolate; chunks of finite samples smooth a little."""
     gate = Interpolation(A, B, weights=(0.3, 0.7))

@@ -9,13 +9,19 @@ from tiltflow.algorithms.lowerings.base import (
     Merging,
 )
 from tiltflow.algorithms.lowerings.control import one_shot, terminal, trajectory, untrained
-from tiltflow.algorithms.lowerings.regression import distilled, geometric, thinned, transported
+from tiltflow.algorithms.lowerings.regression import (
+    distilled,
+    geometric,
+    particles,
+    thinned,
+    transported,
+)
 from tiltflow.operators import Contrast, Gate, Interpolation, Intersection, Union
 from tiltflow.types import Access
 
 
 def _unconditional(gate: Gate, conditional: bool) -> str:
-    return "its transport or its critics do not know conditions" if conditional else ""
+    return "it does not know conditions" if conditional else ""
 
 
 def _squares(gate: Gate, conditional: bool) -> str:
@@ -32,6 +38,7 @@ LOWERINGS: dict[type[Gate], dict[str, Lowering]] = {
     Intersection: {
         "one_shot": Lowering(one_shot, Access.GRAD),
         "weighted": Lowering(geometric, Access.VALUE),
+        "particles": Lowering(particles, Access.VALUE, _unconditional),
         "terminal": _TERMINAL,
         "trajectory": Lowering(trajectory, Access.GRAD),
     },

@@ -86,6 +86,9 @@ class Merging:
         transports: rounds of the barycentre's fixed point, y <- sum_i w_i T_i(y), if there are
             more than two parts or a reward; two parts need one.
         likelihood_steps: of the ODE that gives log-densities of parts.
+        trace: of that ODE: ``"exact"``, one product per dimension; ``"hutchinson"``, random signs,
+            whose noise of several nats per sample in many dimensions the weights then have; or
+            ``"auto"``, exact up to 100 dimensions.
         until: time until which an intersection's parts are compared (``one_shot``). Deviation:
             the running cost has no such end, but learned velocities differ by their errors too,
             which it divides by the noise that is left. Exact models lose next to nothing.
@@ -106,6 +109,7 @@ class Merging:
     chunk: int = 1000
     transports: int = 10
     likelihood_steps: int = 60
+    trace: Literal["auto", "exact", "hutchinson"] = "auto"
     until: float = 0.9
     refit: bool | None = None
     descent: Descent = field(default_factory=Descent)
@@ -114,6 +118,8 @@ class Merging:
         for name in ("bank_size", "batch_size", "chunk", "transports", "likelihood_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"Merging: {name}={getattr(self, name)} must be at least 1.")
+        if self.trace not in ("auto", "exact", "hutchinson"):
+            raise ConfigError(f"Merging: trace={self.trace!r} must be auto, exact or hutchinson.")
         if not 0 < self.until <= 1:
             raise ConfigError(f"Merging: until={self.until} must lie in (0, 1].")
 

@@ -10,12 +10,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from tiltflow.algorithms.lowerings.base import Job, Lowered
+from tiltflow.algorithms.feynman_kac import FeynmanKac
+from tiltflow.algorithms.lowerings.base import Job, Lowered, Merging
 from tiltflow.algorithms.lowerings.control import warn_if_apart
 from tiltflow.density import Bank, Empirical
 from tiltflow.divergences import Wasserstein
 from tiltflow.errors import ConfigError, UnsupportedError
-from tiltflow.flow import freeze
+from tiltflow.flow import FlowModel, freeze
 from tiltflow.matching import fit_flow
 from tiltflow.operators import Gate, Odds, union_weights
 from tiltflow.potential import Potential
@@ -26,6 +27,9 @@ from tiltflow.types import expand_as, joined_cond
 
 PULLS = 30
 """Steps of the ascent that moves points of a barycentre towards a reward."""
+
+EXACT_TRACE, PROBES = 100, 4
+"""Dimensions up to which log-densities are computed with exact traces; sign vectors above."""
 
 REPEATED = 50
 """Samples of each condition that a normaliser of its own needs."""
@@ -151,7 +155,7 @@ def thinned(job: Job) -> Lowered:
     gate, settings, count = job.gate, job.settings, job.settings.bank_size
     seed, cond = job.context.seed.child("part", 0), job.cond(count, "part", 0)
     bank = Bank.equal(settings.sampler.sample(job.models[0], count, seed=seed, cond=cond), cond)
-    own, other = (Likelihood(model, settings.likelihood_steps) for model in job.models)
+    own, other = (_flow_log(model, settings) for model in job.models)
     odds = Odds(own, other, math.log(gate.weights[1] / gate.weights[0]))
     log_weights = odds.value(bank.points, cond).double()
     return _fitted(_weighted(bank, log_weights + _tilt(gate, bank)), job)
@@ -162,7 +166,7 @@ def geometric(job: Job) -> Lowered:
     with prod_i p_i^{w_i} e^{f / A} / pbar; the densities by the flows' ODEs. Exact where the bank
     carries it, also for rewards without gradient."""
     gate, bank = job.gate, _mixture(job)
-    flows = [Likelihood(model, job.settings.likelihood_steps) for model in job.models]
+    flows = [_flow_log(model, job.settings) for model in job.models]
     logs = torch.stack([flow.value(bank.points, bank.cond).double() for flow in flows])
     shares = logs.new_tensor(gate.shares)[:, None]
     log_weights = (shares * logs).sum(0) - (shares.log() + logs).logsumexp(0)
@@ -170,6 +174,33 @@ def geometric(job: Job) -> Lowered:
     warn_if_apart(gate, apart)
     lowered = _fitted(_weighted(bank, log_weights + _tilt(gate, bank)), job)
     return replace(lowered, stats={**lowered.stats, "apart": apart})
+
+
+def particles(job: Job) -> Lowered:
+    """An intersection by sequential Monte Carlo: flow matching on the weighted particles of
+    ``FeynmanKac``. Needs velocities only, no log-densities and no gradient of the reward."""
+    gate, settings = job.gate, job.settings
+    drawn = FeynmanKac().draw(
+        gate, job.models, settings.bank_size, seed=job.context.seed.child("particles"),
+        sampler=settings.sampler,
+    )  # fmt: skip
+    known = {"ancestors": drawn.stats["effective_ancestors"]}
+    if gate.reward is None:
+        known["apart"] = -drawn.stats["log_z"]
+        warn_if_apart(gate, known["apart"])
+    lowered = _fitted(drawn.bank, job)
+    return replace(lowered, stats={**lowered.stats, **known})
+
+
+def _flow_log(model: FlowModel, settings: Merging) -> Likelihood:
+    """log p of a part, with the trace that is affordable."""
+    exact = settings.trace == "exact"
+    if settings.trace == "auto":
+        exact = math.prod(model.space.event) <= EXACT_TRACE
+    return Likelihood(
+        model, settings.likelihood_steps,
+        trace="exact" if exact else "hutchinson", probes=1 if exact else PROBES,
+    )  # fmt: skip
 
 
 def _tilt(gate: Gate, bank: Bank) -> Tensor:
