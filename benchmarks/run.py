@@ -16,7 +16,7 @@ from common import Settings
 
 PAGES = (
     "ring", "hard", "discretisation", "ratios", "transport", "solvers", "pairs", "modes",
-    "planning", "utilities",
+    "planning", "utilities", "xtb",
 )  # fmt: skip
 
 

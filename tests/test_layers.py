@@ -15,7 +15,7 @@ import tiltflow
 PACKAGE = Path(tiltflow.__file__).parent
 LAYERS = [
     "errors types seed context",
-    "schedule space potential features distances similarity molecules",
+    "schedule space potential features distances similarity molecules bonds single_point",
     "delta flow guidance views",
     "kernel",
     "sample training",
@@ -29,10 +29,10 @@ LAYERS = [
     "solvers",
     "algorithms",
     "adapters rewards metrics",
-    "models registry runfile signatures config tables experiment",
+    "models registry runfile signatures config tables merge_tables experiment",
     "environment evaluation diagnosis recorder results rundir plots html_page inspection report "
-    "report_training run",
-    "terminal cli __main__",
+    "report_parts report_training run merges",
+    "terminal workflow cli cli_parser __main__",
 ]
 RANK = {module: rank for rank, names in enumerate(LAYERS) for module in names.split()}
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")

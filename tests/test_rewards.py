@@ -52,7 +52,7 @@ def test_range_and_class(samples: Tensor) -> None:
         r = reward.value(x)
         assert bool((r <= 0).all())
         assert bool((r >= math.log(0.1) - 1e-12).all())
-    logits = reward._log_probabilities(samples)
+    logits = reward.log_probabilities(samples)
     best = logits.gather(1, reward.class_of(samples)[:, None])[:, 0]
     assert torch.equal(best, reward.value(samples))
     hot = Readability(temperature=1e6).value(samples)

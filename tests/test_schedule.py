@@ -7,6 +7,7 @@ import torch
 from scipy.integrate import quad
 
 from tiltflow.errors import ConfigError
+from tiltflow.kernel import Ancestral
 from tiltflow.schedule import Cosine, Linear, Schedule, Tabulated, VariancePreserving
 
 TIMES = torch.tensor([0.05, 0.3, 0.5, 0.9], dtype=torch.float64)
@@ -156,3 +157,14 @@ def test_time_at_an_angle(schedule: Schedule) -> None:
     close(Schedule.time_at(schedule, angle), t, 1e-9)
     ends = schedule.time_at(torch.tensor([0.0, math.pi / 2], dtype=torch.float64))
     close(ends, torch.tensor([0.0, 1.0], dtype=torch.float64), 2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("count", [2, 11, 202, 1001])
+def test_clean_data_are_clean(dtype: torch.dtype, count: int) -> None:
+    """beta(1) is 0 and not a rounding error, by whose square the last step would be weighted."""
+    one = torch.ones((), dtype=dtype)
+    table = Tabulated(torch.linspace(1, 0.001, count).double().tolist())
+    for schedule in (table, Cosine(), Linear(), VariancePreserving()):
+        assert float(schedule.beta(one)) == 0.0
+        assert float(Ancestral().variance(schedule, 0.9 * one, one)) == 0.0

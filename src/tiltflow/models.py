@@ -17,7 +17,10 @@ import torch
 from torch import Tensor
 
 from tiltflow.adapters.checkpoint import load_tensors
+from tiltflow.adapters.ddpm_images import EVENT as IMAGE
+from tiltflow.adapters.ddpm_images import load_cnn, load_unet
 from tiltflow.adapters.digits import CLASSES, SIDE, load_digit_judge, load_digits_flow
+from tiltflow.adapters.edm import load_edm
 from tiltflow.analytic import GaussianMixture as ExactMixture
 from tiltflow.analytic import ring
 from tiltflow.delta import MLP
@@ -26,6 +29,7 @@ from tiltflow.flow import FlowModel
 from tiltflow.guidance import guided
 from tiltflow.potential import Potential
 from tiltflow.rewards.images import Readability
+from tiltflow.rewards.mnist import MnistDigit, Pixels
 from tiltflow.schedule import Linear, Schedule
 from tiltflow.space import Euclidean
 
@@ -42,6 +46,7 @@ class Pretrained:
         classes: names of the classes.
         judges: rewards that are reported but never trained on, by name: a reward cannot tell
             whether it was hacked, an independent one can.
+        exact: the very density, where it is known.
     """
 
     model: FlowModel
@@ -49,6 +54,7 @@ class Pretrained:
     classify: Callable[[Tensor], Tensor] | None = None
     classes: tuple[str, ...] = ()
     judges: Mapping[str, Potential] = field(default_factory=dict)
+    exact: ExactMixture | None = None
 
 
 class Model(abc.ABC):
@@ -179,6 +185,59 @@ class Digits(Model):
 
 @final
 @dataclass(frozen=True)
+class DenoisingUNet(Model):
+    """A published DDPM of 28x28 images, MNIST or Fashion-MNIST (``adapters.ddpm_images``).
+
+    Args:
+        path: its weights, ``model_mnist.safetensors`` or ``model_fashion.safetensors``.
+        classifier: ``mnist_classifier/model.safetensors``, for classes and a judge, or ``None``.
+    """
+
+    path: Path
+    classifier: Path | None = None
+
+    def load(self) -> Pretrained:
+        return _images(load_unet(self.path), self.classifier, "centred")
+
+
+@final
+@dataclass(frozen=True)
+class DenoisingCNN(Model):
+    """A published DDPM of MNIST without a U-Net, on images in [-0.5, 0.5].
+
+    Args:
+        path: its weights, ``ddpm_cnn_mnist/model.safetensors``.
+        classifier: as for ``DenoisingUNet``.
+    """
+
+    path: Path
+    classifier: Path | None = None
+
+    def load(self) -> Pretrained:
+        return _images(load_cnn(self.path), self.classifier, "half")
+
+
+@final
+@dataclass(frozen=True)
+class EDM(Model):
+    """A published diffusion model of QM9's molecules, at one number of atoms (``adapters.edm``).
+
+    Args:
+        path: folder of its weights and config.json.
+        atoms: in every molecule.
+        epoch: which weights, 341 or 21.
+    """
+
+    path: Path
+    atoms: int = 18
+    epoch: int = 341
+
+    def load(self) -> Pretrained:
+        return Pretrained(load_edm(self.path, epoch=self.epoch).with_atoms(self.atoms))
+
+
+@final
+@dataclass(frozen=True)
 class Checkpoint(Model):
     """A fully connected network (``delta.MLP``) from a safetensors file of ``save_tensors``.
 
@@ -207,6 +266,14 @@ class Checkpoint(Model):
         return Pretrained(model)
 
 
+def _images(model: FlowModel, classifier: Path | None, pixels: Pixels) -> Pretrained:
+    if classifier is None:
+        return Pretrained(model, IMAGE[1:])
+    judge = MnistDigit(classifier, pixels=pixels)
+    names = tuple(str(c) for c in range(CLASSES))
+    return Pretrained(model, IMAGE[1:], judge.class_of, names, {"confidence": judge})
+
+
 def _analytic(
     exact: ExactMixture,
     schedule: Schedule,
@@ -221,7 +288,7 @@ def _analytic(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = exact.flow(schedule, tuple(hidden))
-    return Pretrained(model, None, classify, classes)
+    return Pretrained(model, None, classify, classes, exact=exact)
 
 
 def _nearest_component(exact: ExactMixture) -> Callable[[Tensor], Tensor]:
@@ -231,4 +298,13 @@ def _nearest_component(exact: ExactMixture) -> Callable[[Tensor], Tensor]:
     return classify
 
 
-__all__ = ["Checkpoint", "Digits", "Gaussian", "GaussianMixture", "Ring"]
+__all__ = [
+    "EDM",
+    "Checkpoint",
+    "DenoisingCNN",
+    "DenoisingUNet",
+    "Digits",
+    "Gaussian",
+    "GaussianMixture",
+    "Ring",
+]

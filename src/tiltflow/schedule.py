@@ -116,11 +116,12 @@ class _Angular(Schedule):
 
     @final
     def beta(self, t: Tensor) -> Tensor:
-        return self._angle(t).cos()
+        # Exactly 0 at a right angle, where a cosine is 6e-17: a last step has no noise, not some.
+        return (math.pi / 2 - self._angle(t)).sin()
 
     @final
     def d_alpha(self, t: Tensor) -> Tensor:
-        return self._angle(t).cos() * self._d_angle(t)
+        return self.beta(t) * self._d_angle(t)
 
     @final
     def d_beta(self, t: Tensor) -> Tensor:
@@ -229,7 +230,7 @@ class Tabulated(_Angular):
 
     def _angle(self, t: Tensor) -> Tensor:
         fraction, left, right = self._cell(t)
-        return left + fraction * (right - left)
+        return left.lerp(right, fraction)
 
     def _d_angle(self, t: Tensor) -> Tensor:
         _, left, right = self._cell(t)

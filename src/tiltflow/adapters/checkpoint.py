@@ -88,7 +88,38 @@ def load_tensors(
             "copy, or delete it and resume from an earlier checkpoint."
         )
     if expected is not None:
-        _compare(Path(path), tensors, expected)
+        compare(Path(path), tensors, expected)
+    return tensors
+
+
+def load_published(
+    path: str | Path, expected: Mapping[str, Tensor], digests: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """Load weights that others published as safetensors, onto the CPU.
+
+    Foreign files have no checksum of their own, so that only files with a known one are read; a
+    file that ``save_tensors`` wrote is read as by ``load_tensors``, e.g. such weights after
+    training.
+
+    Args:
+        path: the file.
+        expected: tensors of the names and shapes the file must have, e.g. a ``state_dict``.
+        digests: what is known: SHA-256 of the file -> its name.
+
+    Raises:
+        CheckpointError: if the file is missing, damaged, unknown, or of another model.
+    """
+    tensors, entry = _opened(Path(path))
+    if entry is not None:
+        return load_tensors(path, expected)
+    compare(Path(path), tensors, expected)
+    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    if digest not in digests:
+        raise CheckpointError(
+            f"{path} has the names and shapes of {', '.join(digests.values())}, but other content "
+            f"(SHA-256 {digest[:12]}...): it is damaged, or another training. Restore it from a "
+            "copy; weights of your own are read if adapters.checkpoint.save_tensors wrote them."
+        )
     return tensors
 
 
@@ -109,18 +140,7 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist; check the path of the checkpoint.")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            entry = (file.metadata() or {}).get(_KEY)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        header = None if entry is None else dict(json.loads(entry))
-    except (SafetensorError, OSError, ValueError, TypeError) as error:
-        raise CheckpointError(
-            f"{path} is not a readable safetensors file ({error}); it is damaged or something "
-            "else. Restore it from a copy, or resume from an earlier checkpoint."
-        ) from error
+    tensors, header = _opened(path)
     if header is None:
         raise CheckpointError(
             f"{path} is a safetensors file, but not one of tiltflow's; load foreign weights "
@@ -134,7 +154,25 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, header
 
 
-def _compare(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+def _opened(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """The tensors of any safetensors file, and this library's header if it has one."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist; check the path of the checkpoint.")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            entry = (file.metadata() or {}).get(_KEY)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        header = None if entry is None else dict(json.loads(entry))
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} is not a readable safetensors file ({error}); it is damaged or something "
+            "else. Restore it from a copy, or resume from an earlier checkpoint."
+        ) from error
+    return tensors, header
+
+
+def compare(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raise ``CheckpointError`` unless a file's tensors have the expected names and shapes."""
     missing, extra = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
     if missing or extra:
         parts = []

@@ -2,14 +2,24 @@
 
 from tiltflow.rewards.fields import NoveltyField, RiskField
 from tiltflow.rewards.images import Readability
+from tiltflow.rewards.mnist import MnistDigit
+from tiltflow.rewards.molecules import DrugScore, Valency
 from tiltflow.rewards.points import Distance, Linear, Norm, Quadratic
+from tiltflow.rewards.standardised import Standardised
+from tiltflow.rewards.xtb import XTBEnergy, XTBProperty
 
 __all__ = [
     "Distance",
+    "DrugScore",
     "Linear",
+    "MnistDigit",
     "Norm",
     "NoveltyField",
     "Quadratic",
     "Readability",
     "RiskField",
+    "Standardised",
+    "Valency",
+    "XTBEnergy",
+    "XTBProperty",
 ]

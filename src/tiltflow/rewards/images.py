@@ -62,14 +62,15 @@ class Readability(Reward):
         object.__setattr__(self, "_net", net)
 
     def _value(self, x: Tensor, cond: Cond | None) -> Tensor:
-        return self._log_probabilities(x).amax(1)
+        return self.log_probabilities(x).amax(1)
 
     def class_of(self, x: Tensor) -> Tensor:
         """The most probable class of each image, (B, *event) -> (B,) of int64."""
         with torch.no_grad():
-            return self._log_probabilities(x).argmax(1)
+            return self.log_probabilities(x).argmax(1)
 
-    def _log_probabilities(self, x: Tensor) -> Tensor:
+    def log_probabilities(self, x: Tensor) -> Tensor:
+        """log softmax(logits(x) / temperature), (B, *event) -> (B, classes)."""
         logits: Tensor = self._net_for(x)(x)
         if logits.ndim != 2 or logits.shape[0] != x.shape[0] or logits.shape[1] < 2:
             raise ShapeError(
