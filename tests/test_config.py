@@ -19,6 +19,7 @@ from tiltflow.run import check
 from tiltflow.runfile import first_differences, override, parse_toml, read_toml, write_toml
 from tiltflow.sample import Sampler
 from tiltflow.training import Training
+from tiltflow.workflow import workflow_of
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
 MINIMAL = """
@@ -89,8 +90,10 @@ def test_objects_are_built() -> None:
 
 @pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.toml")), ids=lambda p: p.stem)
 def test_shipped_experiments_prepare(path: Path) -> None:
-    plan = prepare(load(path))
-    check(plan)
+    tree = load(path)
+    flow = workflow_of(tree)
+    plan = flow.prepare(tree, None)
+    flow.check(plan)
     assert plan.experiment.name == path.stem
 
 

@@ -48,9 +48,10 @@ def exact_loss(kind: Prediction, schedule: Schedule) -> float:
     """Conditional variance of the target given X_t, averaged over t, with V = a^2 s^2 + b^2."""
     t = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
     a2, total = schedule.alpha(t) ** 2, schedule.alpha(t) ** 2 * STD**2 + schedule.beta(t) ** 2
+    beta = schedule.beta(t)
     per_endpoint = {
         Prediction.VELOCITY: schedule.wronskian(t) ** 2,
-        Prediction.ENDPOINT: schedule.beta(t) ** 2,
+        Prediction.ENDPOINT: beta**2 * schedule.wronskian(t) / (beta + 0.02),
         Prediction.NOISE: a2,
         Prediction.SCORE: a2,
     }[kind]

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from tiltflow.cli_parser import GROUPS, parser
 from tiltflow.terminal import Bar, say, summary_text
 
 if TYPE_CHECKING:
@@ -18,19 +19,17 @@ if TYPE_CHECKING:
 
     from tiltflow.recorder import Drive
     from tiltflow.rundir import RunDirectory
+    from tiltflow.workflow import Workflow
+
+__all__ = ["FAILED", "FINE", "GROUPS", "MISSED", "USAGE", "main"]
 
 FINE, FAILED, USAGE, MISSED = 0, 1, 2, 3
 """Exit codes: fine; failed; wrong usage; an expectation of the run file was missed."""
 
-GROUPS = (
-    "utilities", "divergences", "algorithms", "solvers", "models", "rewards", "kernels",
-    "schedules",
-)  # fmt: skip
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code; errors are one sentence on stderr."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     if options.debug:
         return _dispatch(options)
     try:
@@ -66,66 +65,6 @@ def _interrupted(options: argparse.Namespace) -> str:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="tiltflow",
-        description="Adapt pre-trained flow and diffusion models at the level of their density.",
-    )
-    parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_run(commands)
-    _add_directory_commands(commands)
-    inspect = commands.add_parser("inspect", help="check a run file and estimate its cost")
-    inspect.add_argument("file", type=Path, metavar="FILE.toml")
-    _add_set(inspect)
-    listing = commands.add_parser("list", help="what a run file can name")
-    listing.add_argument("group", nargs="?", choices=GROUPS, metavar="GROUP",
-                         help=f"one of {', '.join(GROUPS)}; default: all")  # fmt: skip
-    for name, command in commands.choices.items():
-        command.set_defaults(command=name)
-        command.add_argument(
-            "--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
-        )
-    return parser
-
-
-def _add_set(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="assign",
-                         help="override a key: --set solver.sampler.num_steps=80")  # fmt: skip
-    _add_device(command)
-
-
-def _add_device(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
-
-
-def _add_run(commands: Any) -> None:
-    run = commands.add_parser("run", help="do what a run file says, or continue it")
-    run.add_argument("file", type=Path, metavar="FILE.toml")
-    run.add_argument("--out", type=Path, metavar="DIR", help="default: runs/<name>")
-    run.add_argument("--snapshot-seconds", type=float, default=10.0, metavar="S",
-                     help="least time between two snapshots (default: 10)")  # fmt: skip
-    _add_set(run)
-
-
-def _add_directory_commands(commands: Any) -> None:
-    sample = commands.add_parser("sample", help="draw samples of a finished run")
-    sample.add_argument("directory", type=Path, metavar="DIR")
-    sample.add_argument("-n", type=int, default=1000, metavar="N", help="how many (default: 1000)")
-    sample.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
-    sample.add_argument("--model", choices=("tuned", "baseline", "pretrained"), default="tuned")
-    sample.add_argument("--out", type=Path, metavar="FILE.safetensors",
-                        help="default: DIR/samples/<model>_<N>_<seed>.safetensors")  # fmt: skip
-    _add_device(sample)
-    evaluate = commands.add_parser("evaluate", help="measure a finished run again")
-    evaluate.add_argument("directory", type=Path, metavar="DIR")
-    _add_device(evaluate)
-    report = commands.add_parser("report", help="rewrite the report of a finished run")
-    report.add_argument("directory", type=Path, metavar="DIR")
-    report.add_argument("--picture", type=Path, metavar="FILE.png",
-                        help="also save the worst samples before and after")  # fmt: skip
-
-
 def _dispatch(options: argparse.Namespace) -> int:
     commands: dict[str, Callable[[argparse.Namespace], int]] = {
         "run": _run, "sample": _sample, "evaluate": _evaluate, "report": _report,
@@ -135,38 +74,38 @@ def _dispatch(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from tiltflow.experiment import load, prepare
-    from tiltflow.run import check, train
+    from tiltflow.experiment import load
     from tiltflow.rundir import RunDirectory
+    from tiltflow.workflow import workflow_of
 
     tree = load(options.file, options.assign)
     directory = RunDirectory(options.out or Path("runs") / str(tree.plain["name"]))
-    device = _device(options)
+    device, flow = _device(options), workflow_of(tree)
     if directory.config.exists():  # before any work, and before a lock file is made
         directory.check_same(tree.plain)
         done = directory.read_json(directory.report)
         if done is not None:
             say(f"{directory.path} is finished already; rewriting its report.")
             return _finish(directory, done)
-    plan = prepare(tree, device)
-    check(plan)
+    plan = flow.prepare(tree, device)
+    flow.check(plan)
     existed = directory.claim(tree.plain)
     lock = directory.lock()
     try:
         say(f"{'Continuing' if existed else 'Starting'} {directory.path}")
         bar = Bar()
-        outcome = train(plan, directory, _drive(device, options.snapshot_seconds, bar))
-        report = _measure(plan, outcome, directory, device, bar)
+        outcome = flow.train(plan, directory, _drive(device, options.snapshot_seconds, bar))
+        report = _measure(flow, plan, outcome, directory, device, bar)
     finally:
         if lock is not None:
             lock.close()
     return _finish(directory, report)
 
 
-def _measure(plan: Any, outcome: Any, directory: Any, device: Any, bar: Bar) -> dict[str, Any]:
-    from tiltflow.results import evaluate
-
-    report = evaluate(plan, outcome, directory, _drive(device, 10.0, bar))
+def _measure(
+    flow: Workflow, plan: Any, outcome: Any, directory: RunDirectory, device: Any, bar: Bar
+) -> dict[str, Any]:
+    report = flow.evaluate(plan, outcome, directory, _drive(device, 10.0, bar))
     bar.close()
     return report
 
@@ -191,43 +130,44 @@ def _sample(options: argparse.Namespace) -> int:
 
     if options.n < 1:
         raise ConfigError(f"-n {options.n}: at least one sample.")
-    plan, outcome, directory = _restored(options)
-    models = {"pretrained": plan.pretrained.model, "tuned": outcome.tuned.model}
-    if outcome.baseline is not None:
-        models["baseline"] = outcome.baseline.model
-    if options.model not in models:
-        raise ConfigError(f"{directory.path} has no baseline.")
+    flow, plan, outcome, directory = _restored(options)
+    models, wanted = flow.models(plan, outcome), options.model or flow.result
+    if wanted not in models:
+        raise ConfigError(f"{directory.path} has no {wanted}; it has {', '.join(models)}.")
     seed = Seed(options.seed).child("sample")
-    points = plan.experiment.evaluate.sampler.sample(models[options.model], options.n, seed=seed)
-    name = f"{options.model}_{options.n}_{options.seed}.safetensors"
+    points = plan.experiment.evaluate.sampler.sample(models[wanted], options.n, seed=seed)
+    name = f"{wanted}_{options.n}_{options.seed}.safetensors"
     path = options.out or directory.samples / name
-    weights = points.new_full((options.n,), 1 / options.n)
-    save_tensors(
-        path, {"points": points, "weights": weights, "rewards": plan.reward.value(points)}
-    )
+    tensors = {"points": points, "weights": points.new_full((options.n,), 1 / options.n)}
+    reward = flow.reward(plan)
+    if reward is not None:
+        tensors["rewards"] = reward.value(points)
+    save_tensors(path, tensors)
     print(path)
     return FINE
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    plan, outcome, directory = _restored(options)
+    flow, plan, outcome, directory = _restored(options)
     lock = directory.lock()
     try:
-        report = _measure(plan, outcome, directory, _device(options), Bar())
+        report = _measure(flow, plan, outcome, directory, _device(options), Bar())
     finally:
         if lock is not None:
             lock.close()
     return _finish(directory, report)
 
 
-def _restored(options: argparse.Namespace) -> tuple[Any, Any, RunDirectory]:
-    from tiltflow.experiment import prepare, resolve
-    from tiltflow.run import restore
+def _restored(options: argparse.Namespace) -> tuple[Workflow, Any, Any, RunDirectory]:
+    from tiltflow.experiment import resolve
     from tiltflow.rundir import RunDirectory
+    from tiltflow.workflow import workflow_of
 
     directory = RunDirectory.existing(options.directory)
-    plan = prepare(resolve(directory.read_config()), _device(options))
-    return plan, restore(plan, directory), directory
+    tree = resolve(directory.read_config())
+    flow = workflow_of(tree)
+    plan = flow.prepare(tree, _device(options))
+    return flow, plan, flow.restore(plan, directory), directory
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -243,23 +183,32 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from tiltflow.experiment import load, prepare
-    from tiltflow.inspection import describe
+    from tiltflow.experiment import load
+    from tiltflow.workflow import workflow_of
 
     tree = load(options.file, options.assign)
-    print(describe(tree, prepare(tree, _device(options))))
+    flow = workflow_of(tree)
+    print(flow.describe(tree, flow.prepare(tree, _device(options))))
     return FINE
 
 
 def _list(options: argparse.Namespace) -> int:
+    from tiltflow.merges.inspection import gate_lines
     from tiltflow.registry import summary
     from tiltflow.signatures import choices
 
     for group in [options.group] if options.group else GROUPS:
         if not options.group:
             print(f"{group}:")
-        for name, constructor in sorted(choices(group).items()):
-            print(f"  {name:20} {summary(constructor)}")
+        lines = (
+            gate_lines()
+            if group == "gates"
+            else (
+                f"  {name:20} {summary(constructor)}"
+                for name, constructor in sorted(choices(group).items())
+            )
+        )
+        print("\n".join(lines))
     return FINE
 
 

@@ -169,7 +169,7 @@ def interpret(hint: Any, value: Plain, path: str) -> Node:
     if base is Weighted:
         return _weighted(value, path)
     if dataclasses.is_dataclass(base):
-        return _table(typing.cast(Constructor, base), None, value, path)
+        return _table(typing.cast(Constructor, base), None, _unnamed(base, value, path), path)
     return _scalar(base, value, path)
 
 
@@ -268,6 +268,16 @@ def _kind(base: Any, value: Plain, path: str) -> Node:
         hint = nearest(str(kind), known).replace("Valid keys", "Known kinds")
         raise ConfigError(f"{path}.kind: there is no {kind!r} here. {hint}")
     return _table(known[kind], kind, {k: v for k, v in value.items() if k != "kind"}, path)
+
+
+def _unnamed(base: Any, value: Plain, path: str) -> Plain:
+    """Without a ``kind`` that names the very class that the key stands for."""
+    named = isinstance(value, dict) and "kind" in value
+    if not named or "kind" in arguments_of(base):
+        return value
+    if value["kind"] != base.__name__:
+        raise ConfigError(f"{path}.kind: must be {base.__name__!r} here, got {value['kind']!r}.")
+    return {k: v for k, v in value.items() if k != "kind"}
 
 
 def _weighted(value: Plain, path: str) -> Table:

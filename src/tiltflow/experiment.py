@@ -15,6 +15,7 @@ from tiltflow.density import FlowDensity
 from tiltflow.errors import ConfigError
 from tiltflow.flow import freeze
 from tiltflow.functional import Functional
+from tiltflow.merge_tables import MergeExperiment
 from tiltflow.models import Model, Pretrained
 from tiltflow.potential import Potential
 from tiltflow.runfile import Plain, override, read_toml
@@ -61,9 +62,15 @@ class Plan:
 
 
 def resolve(data: Plain) -> Table:
-    """Interpret a run file; every error names the key. ``.plain`` is the resolved file."""
-    tree = interpret(Experiment, data, "")
+    """Interpret a run file; every error names the key. ``.plain`` is the resolved file.
+
+    A file with a ``circuit`` merges models: its table is a ``MergeExperiment``.
+    """
+    merging = isinstance(data, Mapping) and "circuit" in data
+    tree = interpret(MergeExperiment if merging else Experiment, data, "")
     assert isinstance(tree, Table)
+    if merging:
+        return tree
     models = tree.plain["models"]
     if PRETRAINED not in models:
         raise ConfigError(f"models.{PRETRAINED}: missing; it is the model that is tuned.")
@@ -90,7 +97,7 @@ def prepare(tree: Table, device: torch.device | None = None) -> Plan:
     sampler = getattr(solver, "sampler", None) or Sampler()
     root = Seed(int(tree.plain["seed"])).child("models")
     loaded = {
-        name: _calibrated(_placed(recipe.load(), device), sampler, root.child(name))
+        name: load_model(recipe, device, sampler, root.child(name))
         for name, recipe in recipes.items()
     }
     scope = {
@@ -119,11 +126,15 @@ def _reward(experiment: Experiment) -> Potential:
     return reward
 
 
-def _calibrated(pretrained: Pretrained, sampler: Sampler, seed: Seed) -> Pretrained:
-    """Measure once what the kernel ``Auto`` needs, so that every part of a run has the same.
+def load_model(
+    recipe: Model, device: torch.device | None, sampler: Sampler, seed: Seed
+) -> Pretrained:
+    """A model on its device, frozen, with its moments measured.
 
-    Were it left to the first training, a continued run would measure it elsewhere.
+    What the kernel ``Auto`` needs is measured once, so that every part of a run has the same. Were
+    it left to the first training, a continued run would measure it elsewhere.
     """
+    pretrained = _placed(recipe.load(), device)
     seed = seed.child("calibration")
     model = calibrated(pretrained.model, seed=seed, num_steps=sampler.num_steps)
     return replace(pretrained, model=model)

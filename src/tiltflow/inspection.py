@@ -11,8 +11,9 @@ import torch
 
 from tiltflow.config import Leaf, Name, Node, Table
 from tiltflow.experiment import Plan
-from tiltflow.flow import device_of
+from tiltflow.flow import FlowModel, device_of
 from tiltflow.run import check
+from tiltflow.seed import Seed
 from tiltflow.tables import TailAware
 from tiltflow.training import Training
 
@@ -36,19 +37,20 @@ def describe(tree: Table, plan: Plan) -> str:
     cost = estimate(plan)
     solver = plan.experiment.solver
     lines = [
-        *_tree(tree, 0), "",
+        *tree_lines(tree), "",
         f"objective   {plan.objective}",
         f"abilities   its first variation offers {offered}; {type(solver).__name__} needs "
         f"{solver.needs}: fine",
         f"parameters  {_count(plan):,} trained",
         f"evaluations about {cost.evaluations:,.0f} (in forward units)",
-        f"time        about {_duration(cost.seconds)} on this machine",
+        f"time        about {duration(cost.seconds)} on this machine",
         f"memory      about {cost.bytes / 2**20:,.0f} MiB beside Python and torch",
     ]  # fmt: skip
     return "\n".join(lines)
 
 
-def _tree(node: Node, depth: int) -> Iterator[str]:
+def tree_lines(node: Node, depth: int = 0) -> Iterator[str]:
+    """A resolved file as an indented tree of objects."""
     for key, child in node.children().items():
         label = f"{'  ' * depth}{key.rstrip('_')}"
         if isinstance(child, Leaf | Name) or not child.children():
@@ -62,7 +64,7 @@ def _tree(node: Node, depth: int) -> Iterator[str]:
             continue
         kind = child.kind if isinstance(child, Table) and child.kind else ""
         yield f"{label}: {kind}".rstrip()
-        yield from _tree(child, depth + 1)
+        yield from tree_lines(child, depth + 1)
 
 
 def estimate(plan: Plan) -> Cost:
@@ -73,10 +75,7 @@ def estimate(plan: Plan) -> Cost:
     training = getattr(solver, "training", None)
     updates = training.num_updates if isinstance(training, Training) else 0
     paths = int(getattr(solver, "num_trajectories", 256))
-    reuse = max(1, int(getattr(solver, "updates_per_rollout", 1)))
-    batch = int(getattr(solver, "batch_size", None) or 256)
-    rollouts = updates / reuse * paths * sampler.num_steps * (2 + BACKWARD)
-    solve = rollouts + updates * batch * (1 + BACKWARD)
+    solve = evaluations_of_solve(solver, updates, sampler.num_steps)
     trainings, drawn = _planned_work(plan)
     solves, banks = trainings + (experiment.baseline is not None), drawn * sampler.num_steps
     if experiment.baseline is not None:
@@ -88,7 +87,17 @@ def estimate(plan: Plan) -> Cost:
     memory = paths * sampler.num_steps * size * 4 + 3 * size * experiment.algorithm.num_samples
     parameters = sum(p.numel() for p in plan.pretrained.model.net.parameters())
     memory += 4 * 6 * (parameters + _count(plan)) + 2 * 1024 * sampler.num_steps * size
-    return Cost(evaluations, evaluations * _seconds_per_state(plan, paths), memory)
+    seconds = seconds_per_state(plan.pretrained.model, plan.seed, paths)
+    return Cost(evaluations, evaluations * seconds, memory)
+
+
+def evaluations_of_solve(solver: object, updates: int, num_steps: int) -> float:
+    """Roll-outs, adjoints and updates of one training, in forward units."""
+    paths = int(getattr(solver, "num_trajectories", 256))
+    reuse = max(1, int(getattr(solver, "updates_per_rollout", 1)))
+    batch = int(getattr(solver, "batch_size", None) or 256)
+    rollouts = updates / reuse * paths * num_steps * (2 + BACKWARD)
+    return rollouts + updates * batch * (1 + BACKWARD)
 
 
 def _planned_work(plan: Plan) -> tuple[int, int]:
@@ -103,10 +112,9 @@ def _planned_work(plan: Plan) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def _seconds_per_state(plan: Plan, batch: int) -> float:
+def seconds_per_state(model: FlowModel, seed: Seed, batch: int) -> float:
     """Median time of an evaluation, per state."""
-    model = plan.pretrained.model
-    generator = plan.seed.child("timing").generator(device_of(model))
+    generator = seed.child("timing").generator(device_of(model))
     x = model.space.noise(batch, generator)
     t = torch.full((batch,), 0.5).to(x)
     times = []
@@ -121,7 +129,8 @@ def _count(plan: Plan) -> int:
     return sum(p.numel() for p in plan.pretrained.model.trainable.parameters())
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """``40 s``, ``12 min`` or ``1.5 h``."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

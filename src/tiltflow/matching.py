@@ -17,6 +17,9 @@ from tiltflow.sample import Sampler
 from tiltflow.training import Training, optimise
 from tiltflow.types import Cond, Conditions, expand_as, index_cond
 
+BLUNT = 0.02
+"""Bounds the weight of end points near the data."""
+
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -26,7 +29,7 @@ class MatchingLoss:
         t ~ U(0, 1),  X_1 ~ bank,  X_0 ~ N(0, I),  x = alpha_t X_1 + beta_t X_0
 
         velocity : |v(x, t) - (alpha' X_1 + beta' X_0)|^2        noise : |eps(x, t) - X_0|^2
-        endpoint : |x_1(x, t) - X_1|^2                           score : |beta s(x, t) + X_0|^2
+        endpoint : D / (beta + 0.02) |x_1(x, t) - X_1|^2         score : |beta s(x, t) + X_0|^2
 
     Each is the regression whose minimiser is the conditional expectation (Lipman et al.,
     arXiv 2210.02747, theorem 2); every target has finite variance at both ends of time, which the
@@ -60,9 +63,17 @@ class MatchingLoss:
         t = torch.rand(len(x1), generator=generator, dtype=x1.dtype).to(x1.device)
         with self.context.backend.autocast():
             error = self._error(x0, x1, t, cond)
+            if self.model.predicts is Prediction.ENDPOINT:
+                error = expand_as(self._velocities(t), error) * error
         error = error.float() if error.dtype in (torch.float16, torch.bfloat16) else error
         dimension = self.model.space.dimension(len(x1), cond).to(error)
         return (self.model.space.inner(error, error) / dimension).mean()
+
+    def _velocities(self, t: Tensor) -> Tensor:
+        """sqrt(D / (beta + BLUNT)): errors of end points count more towards the data, half way
+        to those of velocities, because a flow turns there by as much as they differ."""
+        schedule = self.model.schedule
+        return (schedule.wronskian(t) / (schedule.beta(t) + BLUNT)).sqrt()
 
     def _draw(self, generator: torch.Generator) -> tuple[Tensor, Cond | None]:
         """A batch of points, (B, *event), on the device of the bank."""

@@ -45,7 +45,8 @@ def png(fig: Figure) -> bytes:
     return out.getvalue()
 
 
-def _style(axes: Axes, title: str = "", x: str = "", y: str = "") -> None:
+def style(axes: Axes, title: str = "", x: str = "", y: str = "") -> None:
+    """The look of all axes, with a title and labels."""
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
@@ -71,7 +72,7 @@ def reward_figure(rewards: Mapping[str, Tensor], level: float) -> Figure:
     right.axvspan(100 / len(ordered), 100 * level, color="#1f6feb", alpha=0.06, lw=0)
     right.set_xscale("log")
     right.set_xticks(ticks := [0.1, 1, 10, 50], [f"{t:g} %" for t in ticks])
-    _style(right, "The lower tail", "share of samples that are worse (log scale)", "reward")
+    style(right, "The lower tail", "share of samples that are worse (log scale)", "reward")
     return fig
 
 
@@ -97,7 +98,7 @@ def histogram(axes: Axes, rewards: Mapping[str, Tensor], level: float) -> None:
         axes.plot([tail], [-0.02 - 0.03 * i], marker="^", ms=7, color=COLOURS[name],
                   transform=axes.get_xaxis_transform(), clip_on=False, zorder=5)  # fmt: skip
     axes.legend(fontsize=8, frameon=False)
-    _style(axes, title, f"reward (▲ mean of the worst {level:.0%}, dotted: its threshold)", "")
+    style(axes, title, f"reward (▲ mean of the worst {level:.0%}, dotted: its threshold)", "")
     axes.set_yticks([], minor=True)
     axes.set_yticks([])
 
@@ -187,7 +188,7 @@ def _states_1d(samples: Mapping[str, tuple[Tensor, Tensor]], level: float) -> Fi
                   label=NAMES[name])  # fmt: skip
         axes.hist(points.flatten()[worst].tolist(), edges, color=COLOURS[name], alpha=0.35)
     axes.legend(fontsize=8, frameon=False)
-    _style(axes, f"Samples (filled: the worst {level:.0%})", "x", "count")
+    style(axes, f"Samples (filled: the worst {level:.0%})", "x", "count")
     return fig
 
 
@@ -200,7 +201,7 @@ def _states_2d(samples: Mapping[str, tuple[Tensor, Tensor]], level: float) -> Fi
         axes.scatter(xy[:, 0], xy[:, 1], s=3, color=COLOURS[name], alpha=0.35, lw=0)
         axes.scatter(xy[worst, 0], xy[worst, 1], s=4, color="#c53030", alpha=0.7, lw=0)
         more = "" if xy.shape[1] == 2 else " (first two coordinates)"
-        _style(axes, NAMES[name] + more)
+        style(axes, NAMES[name] + more)
         axes.set_aspect("equal")
     fig.supxlabel(f"red: the worst {level:.0%}", fontsize=8.5, color="#4a5568")
     return fig
@@ -225,7 +226,7 @@ def shares_figure(shares: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Fi
                   label="half of before" if k == 0 else None)  # fmt: skip
     axes.set_xticks(range(len(names)), names)
     axes.legend(fontsize=8, frameon=False, ncols=4)
-    _style(axes, "Share of each class", "class", "per cent of samples")
+    style(axes, "Share of each class", "class", "per cent of samples")
     return fig
 
 
@@ -253,7 +254,7 @@ def training_figure(updates: Sequence[Mapping[str, Any]]) -> Figure | None:
         values = [u["stats"][key] for u in updates if u["stats"].get(key) is not None]
         if min(values) > 0 and max(values) > 30 * min(values):
             axes.set_yscale("log")
-        _style(axes, key.replace("_", " "), "update")
+        style(axes, key.replace("_", " "), "update")
     return fig
 
 
@@ -268,12 +269,12 @@ def iterations_figure(iterations: Sequence[Mapping[str, Any]]) -> Figure | None:
     left.errorbar(x, [i["objective"]["value"] for i in known],
                   [i["objective"]["standard_error"] or 0 for i in known],
                   color=COLOURS["tuned"], marker="o", ms=4, lw=1.4, capsize=2)  # fmt: skip
-    _style(left, "Objective after each iteration", "iteration")
+    style(left, "Objective after each iteration", "iteration")
     gaps = [i["stationarity"] for i in known]
     gaps = [math.nan if g is None else g for g in gaps]
     right.plot(x, gaps, color=COLOURS["tuned"], marker="o", ms=4, lw=1.4)
     right.set_ylim(bottom=0)
-    _style(right, "Distance from stationarity (0: optimal)", "iteration")
+    style(right, "Distance from stationarity (0: optimal)", "iteration")
     for axes in (left, right):
         axes.set_xticks(list(x))
     return fig

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import Any, TypeAlias, final
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from tiltflow.experiment import Plan
 from tiltflow.flow import FlowModel
 from tiltflow.problem import Solution
 from tiltflow.rundir import RunDirectory, Solved, iteration_name
+from tiltflow.seed import Seed
 from tiltflow.tables import TailAware
 from tiltflow.types import Estimate
 
@@ -57,46 +58,61 @@ class Drive:
     on_progress: Callable[[Progress], None] = _ignore
 
 
-@final
-class Recorder:
-    """Turns callbacks of solvers and loops into lines, snapshots, and progress."""
+Stage: TypeAlias = Callable[[tuple[str, ...]], tuple[str, str]]
+"""Address of a training -> what progress calls it, and the stage that its time is booked on."""
 
-    def __init__(self, plan: Plan, directory: RunDirectory, drive: Drive) -> None:
-        self.plan, self.directory, self.drive = plan, directory, drive
-        self.stopwatch = Stopwatch(directory, plan)
-        self.solved = finished_iterations(plan, directory)
-        self.baseline = directory.load_solved(
-            "baseline", plan.pretrained.model.trainable.state_dict()
-        )
-        self.resume = self._cut()
+
+@final
+class Journal:
+    """What is kept of every kind of run: lines, snapshots, finished solves, progress and time.
+
+    Brings the metrics to the furthest checkpoint first; what follows is written again.
+
+    Args:
+        directory: of the run.
+        drive: how it is driven.
+        nets: whose evaluations are counted.
+        ends: how long the metrics were after each finished solve.
+        stage: names of trainings.
+    """
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        drive: Drive,
+        *,
+        nets: Iterable[nn.Module],
+        ends: Sequence[int],
+        stage: Stage,
+    ) -> None:
+        self.directory, self.drive, self.stage = directory, drive, stage
+        self.stopwatch = Stopwatch(directory, nets)
+        self.resume = self._cut(max(ends, default=0))
         # Until the training of the snapshot comes up, everything that happens (a refused attempt,
         # say) has been recorded by the process before.
         self.silent = self.resume is not None
         self.saved_at = time.monotonic()
-        self.iteration = len(self.solved)
 
-    def _cut(self) -> Snapshot | None:
+    def _cut(self, offset: int) -> Snapshot | None:
         """Bring the metrics to the furthest checkpoint; its snapshot where it is one."""
-        ends = [s.offset for s in (*self.solved, self.baseline) if s is not None]
-        offset, snapshot = max(ends, default=0), None
-        if self.baseline is None:
-            latest = self.directory.load_snapshot()
-            # A snapshot from before the last finished solve has nothing left to say.
-            if latest is not None and latest[1] > offset:
-                snapshot, offset = latest
+        snapshot, latest = None, self.directory.load_snapshot()
+        # A snapshot from before the last finished solve has nothing left to say.
+        if latest is not None and latest[1] > offset:
+            snapshot, offset = latest
         self.directory.cut(offset)
         return snapshot
 
-    def context(self) -> Context:
+    def context(self, seed: Seed, precision: str) -> Context:
         """The root context of all solves."""
-        backend = SingleProcess(self.drive.device, self.plan.experiment.precision)
-        return Context(self.plan.seed.child("run"), backend, self.resume, self.on_step)
+        backend = SingleProcess(self.drive.device, precision)
+        return Context(seed.child("run"), backend, self.resume, self.on_step)
 
     def on_step(self, step: Step) -> None:
+        """A sign of life of a training: progress, a line, a snapshot."""
         if self.silent and self.resume is not None:
             self.silent = step.address != self.resume.address
-        stage = self._stage(step.address)
-        self.drive.on_progress(Progress(stage, step.update, step.total, step.stats))
+        shown, booked = self.stage(step.address)
+        self.drive.on_progress(Progress(shown, step.update, step.total, step.stats))
         if self.silent:
             return
         every = max(1, step.total // LINES_PER_TRAINING)
@@ -109,13 +125,47 @@ class Recorder:
         # Not after the last update: a resumed training should have a step left to speak up with.
         if step.snapshot is not None and late and step.update < step.total:
             self.directory.save_snapshot(step.snapshot())
-            self.stopwatch.lap("training" if stage != "baseline" else stage)
+            self.stopwatch.lap(booked)
             self.saved_at = time.monotonic()
 
     def passed(self, address: tuple[str, ...]) -> None:
         """A training is over: what follows the one of the snapshot has not been recorded yet."""
         if self.resume is not None and address == self.resume.address:
             self.silent = False
+
+    def save(self, name: str, solution: Solution[FlowModel], notes: Mapping[str, Any]) -> None:
+        """Keep a finished solve; what the next one records comes after it."""
+        tensors = solution.model.trainable.state_dict()
+        self.directory.save_solved(
+            name,
+            Solved(tensors, solution.result, solution.stats, notes, self.directory.offset()),
+        )
+        self.silent = False
+
+    def line(self, **record: Any) -> None:
+        """A line of the metrics."""
+        self.directory.append(self.directory.metrics, plain_json(record))
+
+
+@final
+class Recorder:
+    """Turns callbacks of outer loops into lines and finished solves."""
+
+    def __init__(self, plan: Plan, directory: RunDirectory, drive: Drive) -> None:
+        self.plan = plan
+        self.solved = finished_iterations(plan, directory)
+        self.baseline = directory.load_solved(
+            "baseline", plan.pretrained.model.trainable.state_dict()
+        )
+        self.iteration = len(self.solved)
+        self.journal = Journal(
+            directory, drive, nets=[plan.pretrained.model.net], stage=self._stage,
+            ends=[s.offset for s in (*self.solved, self.baseline) if s is not None],
+        )  # fmt: skip
+
+    def context(self) -> Context:
+        """The root context of all solves."""
+        return self.journal.context(self.plan.seed, self.plan.experiment.precision)
 
     def on_iterate(self, number: int, iterate: Iterate[FlowModel]) -> None:
         solution = iterate.solution
@@ -134,33 +184,27 @@ class Recorder:
     def _finished(
         self, kind: str, number: int, solution: Solution[FlowModel], notes: Mapping[str, Any]
     ) -> None:
-        self.line(kind=kind, number=number, **notes, stats=dict(solution.stats))
-        self.save(iteration_name(number), solution, notes)
-        self.stopwatch.lap("training")
+        self.journal.line(kind=kind, number=number, **notes, stats=dict(solution.stats))
+        self.journal.save(iteration_name(number), solution, notes)
+        self.journal.stopwatch.lap("training")
         self.iteration = number + 1
 
-    def save(self, name: str, solution: Solution[FlowModel], notes: Mapping[str, Any]) -> None:
-        """Keep a finished solve; what the next one records comes after it."""
-        tensors = solution.model.trainable.state_dict()
-        self.directory.save_solved(
-            name,
-            Solved(tensors, solution.result, solution.stats, notes, self.directory.offset()),
-        )
-        self.silent = False
+    def on_baseline(self, solution: Solution[FlowModel], notes: Mapping[str, Any]) -> None:
+        self.journal.silent = False
+        self.journal.line(kind="baseline", **notes, stats=dict(solution.stats))
+        self.journal.save("baseline", solution, notes)
+        self.journal.stopwatch.lap("baseline")
 
-    def line(self, **record: Any) -> None:
-        self.directory.append(self.directory.metrics, plain_json(record))
-
-    def _stage(self, address: tuple[str, ...]) -> str:
+    def _stage(self, address: tuple[str, ...]) -> tuple[str, str]:
         if "baseline" in address:
-            return "baseline"
+            return "baseline", "baseline"
         if self.plan.planned:
-            return f"round {self.iteration + 1}"
+            return f"round {self.iteration + 1}", "training"
         algorithm = self.plan.experiment.algorithm
         if isinstance(algorithm, TailAware):
-            return f"round {self.iteration + 1}/{algorithm.max_rounds}"
+            return f"round {self.iteration + 1}/{algorithm.max_rounds}", "training"
         total = algorithm.num_iterations
-        return f"iteration {min(self.iteration + 1, total)}/{total}"
+        return f"iteration {min(self.iteration + 1, total)}/{total}", "training"
 
 
 def finished_iterations(plan: Plan, directory: RunDirectory) -> list[Solved]:
@@ -192,9 +236,10 @@ def plain_json(value: Any) -> Any:
 class Stopwatch:
     """Wall seconds, CPU seconds and network evaluations, lap by lap, into ``timing.jsonl``."""
 
-    def __init__(self, directory: RunDirectory, plan: Plan) -> None:
+    def __init__(self, directory: RunDirectory, nets: Iterable[nn.Module]) -> None:
         self._directory, self._counter = directory, [0]
-        count_evaluations(plan.pretrained.model.net, self._counter)
+        for net in nets:
+            count_evaluations(net, self._counter)
         self._last = self._now()
 
     def _now(self) -> tuple[float, float, int]:

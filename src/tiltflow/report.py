@@ -14,6 +14,8 @@ from tiltflow.adapters.checkpoint import load_tensors, write_atomic
 from tiltflow.diagnosis import EXPLANATIONS
 from tiltflow.errors import ConfigError, UnsupportedError
 from tiltflow.html_page import MISSING, image, interval, number, page, plain, section, table
+from tiltflow.merges.report import merge_page, merge_picture
+from tiltflow.report_parts import appendix, cost, expectations, findings, verdicts
 from tiltflow.report_training import training, two_stages
 from tiltflow.rundir import RunDirectory
 
@@ -29,18 +31,26 @@ def write_report(directory: RunDirectory) -> Path:
         ConfigError: if the run has not been evaluated yet.
     """
     data = _read(directory)
-    samples = read_samples(directory, list(data["numbers"]))
     records = directory.records(directory.metrics)
     environment = directory.read_json(directory.environment) or {}
-    write_atomic(directory.html, render(data, samples, records, environment).encode())
+    if "circuit" in data:
+        text = merge_page(directory, data, records, environment)
+    else:
+        samples = read_samples(directory, list(data["numbers"]))
+        text = render(data, samples, records, environment)
+    write_atomic(directory.html, text.encode())
     return directory.html
 
 
 def write_picture(directory: RunDirectory, path: Path) -> None:
-    """Save the worst samples before and after, beside the histogram, as a PNG file."""
+    """Save the worst samples before and after, beside the histogram, as a PNG file; of a merge,
+    samples of the models and the gates."""
     if not plots.available():
         raise UnsupportedError("Pictures need matplotlib: pip install 'tiltflow[plots]'.")
     data = _read(directory)
+    if "circuit" in data:
+        write_atomic(path, merge_picture(directory, data))
+        return
     samples = read_samples(directory, ["pretrained", "tuned"])
     picture = tuple(data["picture"]) if data["picture"] else None
     write_atomic(path, plots.png(plots.readme_figure(samples, data["levels"][0], picture)))
@@ -70,9 +80,9 @@ def render(
 ) -> str:
     """The HTML text."""
     parts = [
-        _head(data), _findings(data), _result(data), _rewards(data, samples),
+        _head(data), findings(data), _result(data), _rewards(data, samples),
         _samples(data, samples), _shares(data), _diagnostics(data), two_stages(data),
-        training(data, records), _cost(data), _expectations(data), _appendix(data, environment),
+        training(data, records), cost(data), expectations(data), appendix(data, environment),
     ]  # fmt: skip
     return page(str(data["name"]), parts)
 
@@ -84,15 +94,7 @@ def _figure(fig: Any, alternative: str) -> str:
 def _head(data: Mapping[str, Any]) -> str:
     before, after = data["numbers"]["pretrained"], data["numbers"]["tuned"]
     level = data["levels"][0]
-    chips = []
-    verdicts = data["expectations"]
-    if verdicts:
-        met = sum(v["met"] for v in verdicts)
-        kind = "good" if met == len(verdicts) else "bad"
-        chips.append(f'<span class="chip {kind}">{met} of {len(verdicts)} expectations met</span>')
-    warnings = sum(f["level"] == "warning" for f in data["findings"])
-    kind, told = ("bad", f"{warnings} warning(s)") if warnings else ("good", "no warnings")
-    chips.append(f'<span class="chip {kind}">{told}</span>')
+    chips = verdicts(data)
     solved = data["solves"]["tuned"]
     chips.append(f'<span class="chip">{html.escape(solved["says"].split(";")[0])}</span>')
     lead = (
@@ -113,15 +115,6 @@ def _head(data: Mapping[str, Any]) -> str:
         f"<h1>{html.escape(str(data['name']))}</h1><div>{''.join(chips)}</div>"
         f'<p class="lead">{lead}</p><p class="soft">{explain}</p>'
     )
-
-
-def _findings(data: Mapping[str, Any]) -> str:
-    boxes = [
-        f'<div class="box {f["level"]}"><b>{html.escape(f["title"])}.</b> '
-        f"{html.escape(f['text'])}</div>"
-        for f in data["findings"]
-    ]
-    return section("What to know before believing it", *boxes) if boxes else ""
 
 
 def _result(data: Mapping[str, Any]) -> str:
@@ -225,46 +218,3 @@ def _diagnostics(data: Mapping[str, Any]) -> str:
         "Diagnostics", table(["", *(_TITLES[m] for m in models)], rows,
                               note if "baseline" in models else ""),
     )  # fmt: skip
-
-
-def _cost(data: Mapping[str, Any]) -> str:
-    cost: Mapping[str, Mapping[str, float]] = data["cost"]
-    stages = [(name, each) for name, each in cost.items()]
-    total = {k: sum(each[k] for _, each in stages) for k in stages[0][1]} if stages else {}
-    rows = [
-        (kind, [name, f"{each['evaluations']:,.0f}", f"{each['cpu_seconds']:.1f}",
-                f"{each['wall_seconds']:.1f}"])
-        for kind, name, each in (*(("", n, e) for n, e in stages), ("key", "total", total))
-        if each
-    ]  # fmt: skip
-    header = ["", "network evaluations", "CPU seconds", "wall seconds"]
-    note = "Evaluations of the pre-trained network and its copies, one per state, forward only."
-    return section("Cost", table(header, rows, note))
-
-
-def _expectations(data: Mapping[str, Any]) -> str:
-    if not data["expectations"]:
-        return ""
-    rows = [
-        ("", [f"<code>{html.escape(v['metric'])}</code>", f"{v['value']:.4g} ± {v['within']:.2g}",
-              number(v["measured"]),
-              f'<span class="chip {"good" if v["met"] else "bad"}">'
-              f"{'met' if v['met'] else 'missed'}</span>", html.escape(v["from"])])
-        for v in data["expectations"]
-    ]  # fmt: skip
-    header = ["metric", "expected", "measured", "verdict", "from"]
-    return section("Expectations", table(header, rows))
-
-
-def _appendix(data: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
-    facts = [
-        ("", [html.escape(str(k)), html.escape(str(v))])
-        for k, v in environment.items() if v is not None
-    ]  # fmt: skip
-    return section(
-        "How to do it again",
-        "<p>The complete configuration; saved as a file, <code>tiltflow run FILE.toml</code> "
-        "repeats this run, to the same bits on the same kind of machine.</p>",
-        f"<pre>{html.escape(data['config'])}</pre>",
-        f"<details><summary>Environment</summary>{table(['', ''], facts)}</details>",
-    )

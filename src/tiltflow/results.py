@@ -40,7 +40,7 @@ def evaluate(
     Raises:
         ConfigError: if ``[expect]`` names a metric that does not exist.
     """
-    stopwatch = Stopwatch(directory, plan)
+    stopwatch = Stopwatch(directory, [plan.pretrained.model.net])
     models = {"pretrained": plan.pretrained.model, "tuned": outcome.tuned.model}
     if outcome.baseline is not None:
         models["baseline"] = outcome.baseline.model

@@ -205,7 +205,7 @@ def _compare(
             ControlProblem(plan.pretrained.model, rate * potential), context,
             init=None if solution is None else solution.model,
         )  # fmt: skip
-        recorder.passed(context.seed.path)
+        recorder.journal.passed(context.seed.path)
         # A trained model is not as far as the exact tilt: go on from it with another rate.
         missed = float(notes.get("matched_kl", 0.0)) / max(solution.stats["path_kl"], 1e-9)
         if settings.rate is not None or attempt + 1 == ATTEMPTS or 0.9 < missed < 1.1:
@@ -213,10 +213,7 @@ def _compare(
         rate *= min(max(missed**0.7, 0.2), 5.0)
     assert solution is not None
     notes |= {"rate": rate, "result": solution.result.name}
-    recorder.silent = False
-    recorder.line(kind="baseline", **notes, stats=dict(solution.stats))
-    recorder.save("baseline", solution, notes)
-    recorder.stopwatch.lap("baseline")
+    recorder.on_baseline(solution, notes)
     return rate, solution
 
 

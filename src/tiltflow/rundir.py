@@ -6,7 +6,8 @@
     environment.json   an allow-list of facts about the machine
     metrics.jsonl      append-only, one object per line; the same bits on every run of one config
     timing.jsonl       wall and CPU seconds, which are not
-    checkpoints/       iteration_0000/{delta.safetensors, solution.json}, baseline/..., latest/...
+    checkpoints/       iteration_0000/{delta.safetensors, solution.json}, baseline/..., latest/...;
+                       of a merge gate_0000/..., gate_0000_solve_0000/...
     samples/           safetensors
     report.json, report.html
 
@@ -212,17 +213,12 @@ class RunDirectory:
         if not folder.exists():
             return None
         tensors = load_tensors(folder / "delta.safetensors", expected)
-        try:
-            state = json.loads((folder / "solution.json").read_text(encoding="utf-8"))
-            return Solved(
-                tensors, Result[state["result"]], state["stats"], state["notes"],
-                int(state["offset"]),
-            )  # fmt: skip
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"{folder / 'solution.json'} is damaged ({error}). Delete {folder} (and later "
-                "iterations) to have it computed again."
-            ) from None
+        return _solved(folder, tensors)
+
+    def ends(self, prefix: str) -> list[int]:
+        """How long the metrics were after each finished solve whose name begins so."""
+        folders = sorted(self.checkpoints.glob(f"{prefix}*"))
+        return [_solved(folder, {}).offset for folder in folders]
 
     def read_json(self, file: Path) -> Any:
         """A JSON file of this directory, or ``None`` where there is none."""
@@ -238,6 +234,20 @@ class RunDirectory:
     def write_json(self, file: Path, data: Any) -> None:
         """Write a JSON file, whole or not at all."""
         write_atomic(file, (json.dumps(data, indent=1) + "\n").encode())
+
+
+def _solved(folder: Path, tensors: Mapping[str, Tensor]) -> Solved:
+    try:
+        state = json.loads((folder / "solution.json").read_text(encoding="utf-8"))
+        return Solved(
+            tensors, Result[state["result"]], state["stats"], state["notes"],
+            int(state["offset"]),
+        )  # fmt: skip
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder / 'solution.json'} is damaged ({error}). Delete {folder} (and later "
+            "iterations) to have it computed again."
+        ) from None
 
 
 def iteration_name(number: int) -> str:

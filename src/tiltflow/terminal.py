@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 def summary_text(report: dict[str, Any]) -> str:
     """The result as a small table for a terminal."""
+    if "circuit" in report:
+        return _merge_text(report)
     numbers = report["numbers"]
     level = report["levels"][0]
     rows = [
@@ -28,8 +30,25 @@ def summary_text(report: dict[str, Any]) -> str:
         cells = [_cell(each.get(key)) for each in numbers.values()]
         if any(cells):
             lines.append("".join([f"{label:30}", *(f"{cell:>22}" for cell in cells)]))
-    lines += [f"\n{f['level'].upper()}: {f['title']}. {f['text']}" for f in report["findings"]]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_findings(report)])
+
+
+def _findings(report: dict[str, Any]) -> list[str]:
+    return [f"\n{f['level'].upper()}: {f['title']}. {f['text']}" for f in report["findings"]]
+
+
+def _merge_text(report: dict[str, Any]) -> str:
+    """The circuit, and what became of every gate."""
+    lines = [report["drawn"], "", f"{'':44}{'KL to it':>20}{'KL from it':>20}"]
+    for gate in report["gates"]:
+        facts = [("objective", gate["objective"]), ("reward", gate["own_reward"]),
+                 ("total variation", gate["total_variation"])]  # fmt: skip
+        told = ", ".join(f"{name} {_cell(value)}" for name, value in facts if value is not None)
+        lines.append(f"{gate['text']}: {gate['lowering']}, {told}")
+        for part in gate["parts"]:
+            name = f"  {part['share']:.3g} {part['name']}"
+            lines.append(f"{name:44}{_cell(part['kl_to']):>20}{_cell(part['kl_from']):>20}")
+    return "\n".join([*lines, *_findings(report)])
 
 
 def _cell(estimate: dict[str, Any] | None) -> str:

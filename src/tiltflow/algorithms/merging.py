@@ -11,8 +11,10 @@ from tiltflow.algorithms.lowerings import LOWERINGS, Job, Keeper, Lowered, Mergi
 from tiltflow.context import Context
 from tiltflow.errors import ConfigError, UnsupportedError
 from tiltflow.flow import FlowModel
+from tiltflow.kernel import Auto
 from tiltflow.operators import Circuit, Gate, Prior, circuit
 from tiltflow.potential import Potential
+from tiltflow.sample import Sampler, calibrated
 from tiltflow.types import Conditions
 
 
@@ -81,6 +83,8 @@ def merge(
     models = _prepared({name: models[name] for name in root.names}, start, conditions)
     chosen = chosen_lowerings(root, lowerings or {}, conditional=conditions is not None)
     settings = settings or Merging()
+    if isinstance(settings.sampler.kernel, Auto):
+        models = _calibrated(models, settings.sampler, conditions, context)
     keeper = keeper or Keeper()
     made, keys = dict[str, Lowered](), _Keys([])
     for node, name in chosen:
@@ -149,6 +153,24 @@ def _prepared(
             "pass start=... one that does."
         )
     return dict(zip(models, seen, strict=True))
+
+
+def _calibrated(
+    models: Mapping[str, FlowModel],
+    sampler: Sampler,
+    conditions: Conditions | None,
+    context: Context,
+) -> dict[str, FlowModel]:
+    """The models with what the kernel ``Auto`` needs; without it, it is Euler-Maruyama."""
+    return {
+        name: model
+        if model.moments is not None
+        else calibrated(
+            model, seed=context.seed.child("calibration", name), num_steps=sampler.num_steps,
+            conditions=conditions,
+        )
+        for name, model in models.items()
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -102,12 +102,12 @@ class Merging:
     solver: AdjointMatching = field(default_factory=AdjointMatching)
     sampler: Sampler = field(default_factory=Sampler)
     training: Training = field(
-        default_factory=lambda: Training(num_updates=4000, learning_rate=2e-3, ema=0.999)
+        default_factory=lambda: Training(num_updates=8000, learning_rate=3e-3, ema=0.9995)
     )
     bank_size: int = 20_000
     batch_size: int = 512
     chunk: int = 1000
-    transports: int = 10
+    transports: int = 3
     likelihood_steps: int = 60
     trace: Literal["auto", "exact", "hutchinson"] = "auto"
     until: float = 0.9

@@ -17,6 +17,7 @@ from tiltflow.density import Bank, Empirical
 from tiltflow.divergences import Wasserstein
 from tiltflow.errors import ConfigError, UnsupportedError
 from tiltflow.flow import FlowModel, freeze
+from tiltflow.kernel import Auto
 from tiltflow.matching import fit_flow
 from tiltflow.operators import Gate, Odds, union_weights
 from tiltflow.potential import Potential
@@ -216,6 +217,8 @@ def _fitted(bank: Bank, job: Job) -> Lowered:
     stats = fit_flow(
         model, bank, settings.training, context.child("fit"), batch_size=settings.batch_size
     )
-    seed = context.seed.child("moments")
-    model = calibrated(freeze(model), seed=seed, conditions=job.conditions)
+    model = freeze(model)
+    if isinstance(settings.sampler.kernel, Auto):
+        seed = context.seed.child("moments")
+        model = calibrated(model, seed=seed, conditions=job.conditions)
     return Lowered(model, job.lowering, dict(stats))

@@ -1,0 +1,1 @@
+"""Runs that merge models: what a run file with a ``circuit`` does."""
