@@ -1,0 +1,41 @@
+"""The experiments of Reward-Guided Flow Merging, each with one command.
+
+    python experiments/rfm.py NAME [--seeds 3] [--quick]
+
+with NAME one of those in ``MODULES``; or page.
+
+Results are kept in runs/rfm/*.json, seed by seed and method by method: a killed command goes on
+where it was. Every command writes docs/rfm.md anew from all results there are, ``page`` only that.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+
+import rfm_digits
+import rfm_gaussians
+import rfm_images
+import rfm_page
+import rfm_panels
+import rfm_toy
+from commands import Commands
+
+MODULES = {
+    "panels": rfm_panels,
+    "toy": rfm_toy,
+    "gaussians": rfm_gaussians,
+    "digits": rfm_digits,
+    "images": rfm_images,
+}
+"""Each has ``run(store, seeds, quick)`` and ``section(store)``, a part of the page."""
+
+RUNS = {name: module.run for name, module in MODULES.items()}
+NAMES = tuple(RUNS)
+
+main = Commands(
+    "rfm", __doc__.split("\n")[0], RUNS, functools.partial(rfm_page.write, MODULES), seeds=3
+)
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
