@@ -16,6 +16,7 @@ import sys
 import rfm_digits
 import rfm_gaussians
 import rfm_images
+import rfm_lowerings
 import rfm_page
 import rfm_panels
 import rfm_toy
@@ -24,6 +25,7 @@ from commands import Commands
 MODULES = {
     "panels": rfm_panels,
     "toy": rfm_toy,
+    "lowerings": rfm_lowerings,
     "gaussians": rfm_gaussians,
     "digits": rfm_digits,
     "images": rfm_images,

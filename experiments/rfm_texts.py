@@ -17,7 +17,7 @@ affine image c of a, and three blobs d. The pre-trained models are velocity netw
 layers of 128, fitted to 100,000 exact samples of each for 20,000 updates. They are given, and so
 the same for all seeds. `merge` makes one network of the same shape, which starts from a's; every
 regression in it has a bank of 20,000 samples and 2000 updates, every control problem 1000 updates
-(the defaults are 4000 and 4000), densities of parts have 30 steps, transport with a reward has two
+(the defaults are 8000 and 4000), densities of parts have 30 steps, transport with a reward has two
 rounds. `one_shot` is refitted afterwards, by default.
 
 *Direct*: the same network from a random start, fitted with the very settings of `merge`'s own
@@ -51,7 +51,7 @@ merged model are made once.
 
 GAUSSIANS = """
 Exact models with a small correction network to train (float32); 1000 updates of a control problem,
-2000 of a regression. 20,000 samples, by the SDE (Euler) and the ODE (Heun) in 200 steps, and by
+the defaults otherwise. 20,000 samples, by the SDE (Euler) and the ODE (Heun) in 200 steps, and by
 the training's SDE in 40. At t = 0.995 the exact law is noised likewise. `averaging` is the average
 of velocities, which trains nothing and is not the geometric mean.
 """
