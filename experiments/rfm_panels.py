@@ -242,7 +242,7 @@ def _show(axes: Any, panel: Panel, found: Record | None, label: str) -> None:
     if found is None:
         return
     peak = float(panel.exact().table.exp().max())
-    density = torch.tensor(found["picture"]).T
+    density = torch.tensor(found["picture"]).T.numpy()
     box = (-HALF_WIDTH, HALF_WIDTH, -HALF_WIDTH, HALF_WIDTH)
     axes.imshow(density, origin="lower", extent=box, cmap="Blues", vmin=0, vmax=peak,
                 interpolation="bilinear")  # fmt: skip
@@ -255,6 +255,6 @@ def _contours(axes: Any, panel: Panel) -> None:
     colours = ("#e0882a", "#5a9a5a", "#b04a7a", "#7a5ab0")
     for name, colour in zip(panel.circuit.names, colours, strict=False):
         p = law_on_grid(name, NODES)
-        density = p.table.exp().T
-        axes.contour(p.axes[0], p.axes[1], density, levels=[0.25 * float(density.max())],
+        density, (x, y) = p.table.exp().T.numpy(), (axis.numpy() for axis in p.axes)
+        axes.contour(x, y, density, levels=[0.25 * float(density.max())],
                      colors=[colour], linewidths=0.8)  # fmt: skip
