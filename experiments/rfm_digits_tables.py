@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from rfm_digits_models import Sizes
-from toys import Record, Store, of_seeds, table
+from toys import Record, Store, mean_of, of_seeds, table
 
 from tiltflow import plots
 from tiltflow.adapters.digits import CLASSES, SIDE
@@ -103,15 +103,6 @@ def section(store: Store) -> str:
         f"`python experiments/rfm.py digits`: {minutes:.0f} CPU-minutes, "
         f"{len(of_seeds(store, 'fresh'))} seeds.", "",
     ])  # fmt: skip
-
-
-def mean_of(values: Sequence[float], digits: int = 1, scale: float = 1.0) -> str:
-    """``mean ± standard error`` over seeds."""
-    values = [scale * v for v in values]
-    if len(values) < 2:
-        return f"{values[0]:.{digits}f}" if values else ""
-    error = statistics.stdev(values) / math.sqrt(len(values))
-    return f"{statistics.fmean(values):.{digits}f} ± {error:.{digits}f}"
 
 
 def common(look: Record) -> float:

@@ -188,14 +188,19 @@ def of_seeds(store: Store, prefix: str) -> list[Any]:
     return [record for _, record in sorted(found, key=lambda pair: pair[0])]
 
 
-def summary(values: Sequence[float], digits: int = 1) -> str:
-    """``mean ± standard error (median)`` over seeds; nothing where there is none yet."""
+def mean_of(values: Sequence[float], digits: int = 1, scale: float = 1.0) -> str:
+    """``mean ± standard error`` over seeds; nothing where there is none yet."""
+    values = [scale * v for v in values]
     if len(values) < 2:
         return f"{values[0]:.{digits}f}" if values else ""
     error = statistics.stdev(values) / math.sqrt(len(values))
-    middle = statistics.median(values)
-    mean = statistics.fmean(values)
-    return f"{mean:.{digits}f} ± {error:.{digits}f} ({middle:.{digits}f})"
+    return f"{statistics.fmean(values):.{digits}f} ± {error:.{digits}f}"
+
+
+def summary(values: Sequence[float], digits: int = 1) -> str:
+    """``mean_of`` with the median in parentheses."""
+    middle = f" ({statistics.median(values):.{digits}f})" if len(values) > 1 else ""
+    return mean_of(values, digits) + middle
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

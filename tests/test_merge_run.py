@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -20,6 +21,7 @@ import torch
 
 from test_report import Outline
 from test_run import Kill, essence
+from test_run import execute as execute_any
 from test_run import lines as updates_in
 from tiltflow import plots
 from tiltflow.adapters.checkpoint import load_tensors
@@ -36,7 +38,7 @@ from tiltflow.merges.findings import findings
 from tiltflow.merges.plan import MergePlan, check, prepare, signature
 from tiltflow.operators import circuit
 from tiltflow.plots import available
-from tiltflow.recorder import Drive, Progress
+from tiltflow.recorder import Drive
 from tiltflow.report import write_report
 from tiltflow.rundir import RunDirectory
 from tiltflow.runfile import override, parse_toml
@@ -83,20 +85,7 @@ def plan_of(*assignments: str, text: str = TINY) -> MergePlan:
     return prepare(resolve(override(parse_toml(text), assignments)))
 
 
-def execute(plan: MergePlan, path: Path, die_at: int | None = None) -> dict[str, Any]:
-    """A whole run in this process; ``die_at`` kills it at that call of ``on_progress``."""
-    count = 0
-
-    def on_progress(progress: Progress) -> None:
-        nonlocal count
-        count += 1
-        if count == die_at:
-            raise Kill
-
-    directory = RunDirectory(path)
-    directory.claim(plan.resolved)
-    drive = Drive(snapshot_seconds=0.0, on_progress=on_progress)
-    return results.evaluate(plan, run.train(plan, directory, drive), directory, drive)
+execute = functools.partial(execute_any, train=run.train, evaluate=results.evaluate)
 
 
 # Reading

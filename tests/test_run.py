@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,13 @@ def plan_of(text: str = TINY, **changes: Any) -> experiment.Plan:
     return experiment.prepare(experiment.resolve(data))
 
 
-def execute(plan: experiment.Plan, path: Path, die_at: int | None = None) -> dict[str, Any]:
+def execute(
+    plan: Any,
+    path: Path,
+    die_at: int | None = None,
+    train: Callable[..., Any] = run.train,
+    evaluate: Callable[..., dict[str, Any]] = results.evaluate,
+) -> dict[str, Any]:
     """A whole run in this process; ``die_at`` kills it at that call of ``on_progress``."""
     count = 0
 
@@ -89,8 +96,7 @@ def execute(plan: experiment.Plan, path: Path, die_at: int | None = None) -> dic
     directory = RunDirectory(path)
     directory.claim(plan.resolved)
     drive = Drive(snapshot_seconds=0.0, on_progress=on_progress)
-    outcome = run.train(plan, directory, drive)
-    return results.evaluate(plan, outcome, directory, drive)
+    return evaluate(plan, train(plan, directory, drive), directory, drive)
 
 
 def essence(path: Path) -> tuple[bytes, dict[str, Any]]:

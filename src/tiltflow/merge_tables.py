@@ -13,7 +13,7 @@ from tiltflow.operators import Gate
 from tiltflow.potential import Potential
 from tiltflow.runfile import nearest
 from tiltflow.sample import Sampler
-from tiltflow.tables import Expected
+from tiltflow.tables import Expected, require_file_name
 
 MERGED = "merged"
 """What the result is called among the models."""
@@ -89,8 +89,7 @@ class MergeExperiment:
     expect: Mapping[str, Expected] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.name or any(c in self.name for c in "/\\\0"):
-            raise ConfigError("name: must be a file name without slashes.")
+        require_file_name(self.name)
         for name in self.models:
             if not name.isidentifier() or name == MERGED:
                 raise ConfigError(

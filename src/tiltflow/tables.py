@@ -313,5 +313,10 @@ class Experiment:
     expect: Mapping[str, Expected] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.name or any(c in self.name for c in "/\\\0"):
-            raise ConfigError("name: must be a file name without slashes.")
+        require_file_name(self.name)
+
+
+def require_file_name(name: str) -> None:
+    """Refuse a name that a run's directory cannot have."""
+    if not name or any(c in name for c in "/\\\0"):
+        raise ConfigError("name: must be a file name without slashes.")

@@ -167,4 +167,4 @@ def _odds(gate: Contrast, parts: Sequence[FlowModel]) -> Odds:
         Likelihood(part, trace="exact" if few else "hutchinson", probes=1 if few else 4)
         for part in parts
     )
-    return Odds(own, other, math.log(gate.weights[1] / gate.weights[0]))
+    return gate.odds(own, other)

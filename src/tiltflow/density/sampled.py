@@ -115,10 +115,17 @@ class ModelScore(Potential):
 
     The score diverges like a network error over eta as t -> 1, so it is read at ``time``; x itself
     is passed unchanged (methods, section 1.10).
+
+    Args:
+        model: the model.
+        time: when its score is read.
+        of_data: pass alpha x and multiply by alpha instead: the score of X_1 + (beta / alpha)
+            noise, a law that is nearer to that of X_1 than the one of X_t is.
     """
 
     model: FlowModel
     time: float
+    of_data: bool = False
 
     @property
     def offers(self) -> Access:
@@ -126,7 +133,10 @@ class ModelScore(Potential):
 
     @torch.no_grad()
     def _grad(self, x: Tensor, cond: Cond | None) -> Tensor:
-        return self.model.score(x, self.time, cond)
+        if not self.of_data:
+            return self.model.score(x, self.time, cond)
+        alpha = float(self.model.schedule.alpha(torch.tensor(self.time, dtype=torch.float64)))
+        return alpha * self.model.score(alpha * x, self.time, cond)
 
     def __str__(self) -> str:
         return "log p (score of the model)"

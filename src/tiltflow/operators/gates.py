@@ -336,13 +336,14 @@ class Contrast(Gate):
     def objective(
         self, priors: Sequence[Density], ratio: RatioEstimator | None = None
     ) -> Functional:
-        odds = ExpectedReward(self._odds(priors))
+        odds = ExpectedReward(self.odds(priors[0].log, priors[1].log))
         utility = self.total * odds - self.total * KL(priors[0])
         return utility if self.reward is None else ExpectedReward(self.reward) + utility
 
     def _exact(self, priors: Sequence[Quadrature]) -> Quadrature:
-        merged = priors[0].tilted(self._odds(priors))
+        merged = priors[0].tilted(self.odds(priors[0].log, priors[1].log))
         return merged if self.reward is None else merged.tilted((1 / self.total) * self.reward)
 
-    def _odds(self, priors: Sequence[Density]) -> Potential:
-        return Odds(priors[0].log, priors[1].log, math.log(self.weights[1] / self.weights[0]))
+    def odds(self, own: Potential, other: Potential) -> Odds:
+        """log of the factor, from normalised log p_1 and log p_2."""
+        return Odds(own, other, math.log(self.weights[1] / self.weights[0]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -79,11 +79,23 @@ def union_weights(f: Tensor, mass: Tensor, total: float) -> Tensor:
     return weights
 
 
-def guided_union(bank: Bank, reward: Potential, total: float) -> Bank:
-    """Samples of the mixture, weighted to be those of the reward-guided union."""
-    f = reward.value(bank.points).double()
-    weights = bank.weights.to(f.device) * union_weights(f, bank.weights.to(f.device), total)
-    return Bank(bank.points, weights / weights.sum())
+def guided_union(
+    bank: Bank, reward: Potential, total: float, groups: Sequence[Tensor] | None = None
+) -> Bank:
+    """Samples of the mixture, weighted to be those of the reward-guided union.
+
+    Args:
+        bank: of the mixture.
+        reward: f.
+        total: A.
+        groups: indices of samples that have a nu of their own, all by default.
+    """
+    f = reward.value(bank.points, bank.cond).double()
+    weights = bank.weights.to(f.device, torch.float64, copy=True)
+    for group in [torch.arange(len(f), device=f.device)] if groups is None else groups:
+        each = weights[group]
+        weights[group] = each * union_weights(f[group], each, total)
+    return replace(bank, weights=weights / weights.sum())
 
 
 def barycentre(priors: Sequence[Quadrature], shares: Sequence[float]) -> Quadrature:

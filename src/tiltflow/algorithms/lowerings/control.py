@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from tiltflow.algorithms.lowerings.base import Job, Lowered
 from tiltflow.algorithms.mirror_descent import mirror_descent
 from tiltflow.context import Context
 from tiltflow.delta import Correction
-from tiltflow.density import FlowDensity
+from tiltflow.density import FlowDensity, ModelScore
 from tiltflow.errors import CapabilityError, UnsupportedError
 from tiltflow.flow import ControlledProcess, FlowModel, freeze
 from tiltflow.kernel import LinearKernel
@@ -150,15 +149,16 @@ def terminal(job: Job) -> Lowered:
     count, gamma = descent.plan(1 if isinstance(gate, Intersection | Contrast) else 20)
     priors = [_density(job, model, job.context.seed.child("prior", i))
               for i, model in enumerate(job.models)]  # fmt: skip
-    known = [p for p in priors if p.model is job.start]
-    prior = known[0] if known else _density(job, job.start, job.context.seed.child("prior"))
-    earlier = [job.keeper.solve(job, k) for k in range(count)]
-    completed = list(itertools.takewhile(lambda solution: solution is not None, earlier))
+    own = [p for p in priors if p.model is job.start]
+    prior = own[0] if own else _density(job, job.start, job.context.seed.child("prior"))
+    completed: list[Solution[FlowModel]] = []
+    while len(completed) < count and (known := job.keeper.solve(job, len(completed))):
+        completed.append(known)
     solution = mirror_descent(
         gate.objective(priors, ratio=descent.ratio), job.start, job.settings.solver,
         [gamma / gate.total] * count, context=job.context, prior=prior,
         density=lambda model, seed: _density(job, model, seed), conditions=job.conditions,
-        completed=[solution for solution in completed if solution is not None],
+        completed=completed,
         on_iterate=lambda k, iterate: job.keeper.solved(job, k, iterate.solution),
     )  # fmt: skip
     stats = {**solution.stats, "iterations": float(count)}
@@ -168,35 +168,13 @@ def terminal(job: Job) -> Lowered:
 def _density(job: Job, model: FlowModel, seed: Seed) -> FlowDensity:
     """The law of a model; a contrast also needs values of log p."""
     settings, time = job.settings, job.score_time
-    log: Potential = EndScore(model, time)
+    log: Potential = ModelScore(model, time, of_data=True)
     if isinstance(job.gate, Contrast):
         log = Likelihood(model, settings.likelihood_steps, score_time=time)
     return FlowDensity(
         model, sampler=settings.sampler, num_samples=settings.descent.num_samples, seed=seed,
         conditions=job.conditions, score_time=time, log=log,
     )  # fmt: skip
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class EndScore(Potential):
-    """The score of a model's data with a little noise, X_1 + (beta_t / alpha_t) noise, by its
-    gradient alpha_t s_t(alpha_t x)."""
-
-    model: FlowModel
-    time: float
-
-    @property
-    def offers(self) -> Access:
-        return Access.GRAD
-
-    @torch.no_grad()
-    def _grad(self, x: Tensor, cond: Cond | None) -> Tensor:
-        alpha = float(self.model.schedule.alpha(torch.tensor(self.time, dtype=torch.float64)))
-        return alpha * self.model.score(alpha * x, self.time, cond)
-
-    def __str__(self) -> str:
-        return f"log p (score of the model at t = {self.time:g})"
 
 
 @final
@@ -254,9 +232,12 @@ def trajectory(job: Job) -> Lowered:
 
 def _end_gap(job: Job, model: FlowModel) -> Potential:
     """sum_i w_i log p_i - log p_model."""
-    parts = [w * EndScore(m, job.score_time)
-             for w, m in zip(job.gate.shares, job.models, strict=True)]  # fmt: skip
-    return sum(parts[1:], parts[0]) - EndScore(model, job.score_time)
+
+    def log(of: FlowModel) -> Potential:
+        return ModelScore(of, job.score_time, of_data=True)
+
+    parts = [w * log(m) for w, m in zip(job.gate.shares, job.models, strict=True)]
+    return sum(parts[1:], parts[0]) - log(model)
 
 
 def _path_weight(job: Job, gamma: float) -> Callable[[Tensor], Tensor]:

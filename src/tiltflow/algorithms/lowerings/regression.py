@@ -19,7 +19,7 @@ from tiltflow.errors import ConfigError, UnsupportedError
 from tiltflow.flow import FlowModel, freeze
 from tiltflow.kernel import Auto
 from tiltflow.matching import fit_flow
-from tiltflow.operators import Gate, Odds, union_weights
+from tiltflow.operators import Contrast, Gate, guided_union
 from tiltflow.potential import Potential
 from tiltflow.ratio import Likelihood
 from tiltflow.sample import calibrated
@@ -41,12 +41,7 @@ def distilled(job: Job) -> Lowered:
     with weights A / (nu - f) where there is a reward (methods, section 5.7)."""
     bank, gate = _mixture(job), job.gate
     if gate.reward is not None:
-        f = gate.reward.value(bank.points, bank.cond).double()
-        weights = bank.weights.to(f.device)
-        for group in _groups(bank):
-            each = weights[group]
-            weights[group] = each * union_weights(f[group], each, gate.total)
-        bank = replace(bank, weights=weights / weights.sum())
+        bank = guided_union(bank, gate.reward, gate.total, _groups(bank))
     return _fitted(bank, job)
 
 
@@ -154,10 +149,10 @@ def thinned(job: Job) -> Lowered:
     """A contrast: flow matching on samples of the first part, weighted with the bounded ratio of
     densities and exp(f / A); the densities by the flows' ODEs."""
     gate, settings, count = job.gate, job.settings, job.settings.bank_size
+    assert isinstance(gate, Contrast)
     seed, cond = job.context.seed.child("part", 0), job.cond(count, "part", 0)
     bank = Bank.equal(settings.sampler.sample(job.models[0], count, seed=seed, cond=cond), cond)
-    own, other = (_flow_log(model, settings) for model in job.models)
-    odds = Odds(own, other, math.log(gate.weights[1] / gate.weights[0]))
+    odds = gate.odds(*(_flow_log(model, settings) for model in job.models))
     log_weights = odds.value(bank.points, cond).double()
     return _fitted(_weighted(bank, log_weights + _tilt(gate, bank)), job)
 
