@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from torch import Tensor, nn
 
 from tiltflow.analytic import gaussian
 from tiltflow.context import Context
+from tiltflow.delta import Correction
+from tiltflow.errors import ConfigError
+from tiltflow.flow import FlowModel, Prediction
 from tiltflow.guidance import guided
+from tiltflow.kernel import EulerMaruyama
+from tiltflow.potential import Differentiable
 from tiltflow.problem import ControlProblem
 from tiltflow.rewards import Linear
+from tiltflow.sample import Sampler
+from tiltflow.schedule import Linear as Straight
 from tiltflow.seed import Seed
 from tiltflow.solvers import AdjointMatching
+from tiltflow.space import Euclidean
 from tiltflow.training import Training
 
 
@@ -48,3 +58,101 @@ def test_a_linear_reward_is_learned() -> None:
     )
     assert abs(solution.stats["terminal"] - 1.0) < 0.15
     assert abs(solution.stats["path_kl"] - 0.5) < 0.15
+
+
+class Counted(nn.Module):
+    """0.5 x + t, counting its evaluations."""
+
+    calls = 0
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        self.calls += len(x)
+        return 0.5 * x + t[:, None]
+
+
+class Pulled(nn.Module):
+    """c(x, t) = strength (e - x), of the end point e that it is given."""
+
+    sees_endpoint = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.strength = nn.Linear(1, 1, bias=False)
+
+    def forward(self, x: Tensor, t: Tensor, *, endpoint: Tensor) -> Tensor:
+        pull: Tensor = self.strength((endpoint - x)[..., None])[..., 0]
+        return pull
+
+
+@pytest.mark.parametrize("predicts", list(Prediction))
+def test_a_correction_sees_the_frozen_end_point(predicts: Prediction) -> None:
+    """In every conversion, whatever the network predicts, and without a second evaluation."""
+    net = Counted()
+    model = FlowModel(net, Straight(), Euclidean((2,)), predicts=predicts)
+    tuned = model.with_delta(Correction(Pulled()))
+    x, t = torch.randn(5, 2), torch.linspace(0.2, 0.8, 5)
+    beta2 = tuned.schedule.beta(t)[:, None] ** 2
+    frozen = model.endpoint(x, t)
+    strength = float(tuned.trainable.strength.weight.detach())  # type: ignore[union-attr, operator, arg-type]
+    wanted = frozen + beta2 * strength * (frozen - x)
+    for read in ("endpoint", "velocity", "noise", "score"):
+        net.calls = 0
+        end = getattr(tuned, read)(x, t)
+        assert net.calls == 5 if predicts is not Prediction.ENDPOINT else net.calls <= 10
+        if read == "endpoint":
+            assert torch.allclose(end, wanted, atol=1e-5)
+    # x = alpha e + beta noise, by the other readings of the same model.
+    alpha, beta = tuned.schedule.alpha(t)[:, None], tuned.schedule.beta(t)[:, None]
+    assert torch.allclose(alpha * wanted + beta * tuned.noise(x, t), x, atol=1e-4)
+    assert torch.allclose(tuned.velocity(x, t), wanted - tuned.noise(x, t), atol=1e-4)
+
+
+def test_training_reuses_the_end_points_of_the_roll_out() -> None:
+    """Updates on a correction that sees end points do not evaluate the network again."""
+    net = Counted()
+    model = FlowModel(net, Straight(), Euclidean((2,)), predicts="endpoint")
+    tuned = model.with_delta(Correction(Pulled()))
+
+    def calls(updates: int) -> int:
+        net.calls = 0
+        solver = AdjointMatching(
+            sampler=Sampler(EulerMaruyama(), 10), training=Training(num_updates=updates),
+            num_trajectories=8, updates_per_rollout=20, num_evaluate=2,
+        )  # fmt: skip
+        solver.solve(ControlProblem(tuned, Linear([1.0, 0.0])), Context(seed=Seed(0)))
+        return net.calls
+
+    assert calls(1) == calls(20)
+
+
+def test_before_its_time_guidance_adds_nothing_and_does_not_ask_the_reward() -> None:
+    """After it, it is the same guidance; a batch may hold both."""
+    asked: list[int] = []
+
+    class Watched(nn.Module):
+        def __call__(self, x: Tensor) -> Tensor:
+            asked.append(len(x))
+            return x[:, 0]
+
+    plain = gaussian([0.0, 0.0]).flow(hidden=())
+    reward = Differentiable(Watched())
+    early, late = guided(plain, reward), guided(plain, reward, since=0.5)
+    with torch.no_grad():
+        for model in (early, late):
+            for parameter in model.trainable.parameters():
+                parameter.fill_(0.1)
+    x, t = torch.randn(6, 2), torch.tensor([0.1, 0.6, 0.3, 0.9, 0.5, 0.2])
+    all_of_it = early.endpoint(x, t)
+    asked.clear()
+    found = late.endpoint(x, t)
+    assert asked == [3]
+    ahead = t < 0.5
+    assert torch.equal(found[ahead], plain.endpoint(x, t)[ahead])
+    assert torch.allclose(found[~ahead], all_of_it[~ahead])
+    assert not torch.allclose(found[~ahead], plain.endpoint(x, t)[~ahead])
+    late.endpoint(x[:1], t[:1])
+    assert asked == [3]
+    copy = late.clone()
+    assert torch.equal(copy.endpoint(x, t), found)
+    with pytest.raises(ConfigError, match=r"since=1\.5"):
+        guided(plain, reward, since=1.5)

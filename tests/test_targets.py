@@ -392,7 +392,7 @@ def test_choose_steps_is_shuffled_and_addressed() -> None:
 def test_points_are_indexed_together() -> None:
     """Indexing keeps x, t, target, weight and conditions of a point together."""
     n = torch.arange(6.0)
-    points = Points(n[:, None], n, n[:, None], n, {"id": n})
+    points = Points(n[:, None], n, n[:, None], n, n[:, None], {"id": n})
     part = points[torch.tensor([4, 1])]
     for entry in (part.x[:, 0], part.t, part.target[:, 0], part.weight, part.cond["id"]):  # type: ignore[index]
         assert isinstance(entry, Tensor)

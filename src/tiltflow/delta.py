@@ -27,8 +27,13 @@ class Delta(abc.ABC):
     def clone(self, net: nn.Module) -> tuple[nn.Module, Delta]:
         """Copy what is trained, share the rest."""
 
+    sees_endpoint: bool = False
+    """Whether ``shift`` is computed from the frozen end point, which it is then given."""
+
     @abc.abstractmethod
-    def shift(self, x: Tensor, t: Tensor, cond: Cond | None) -> Tensor | None:
+    def shift(
+        self, x: Tensor, t: Tensor, cond: Cond | None, endpoint: Tensor | None = None
+    ) -> Tensor | None:
         """What is added to the end point, in units of beta^2; ``None`` for nothing."""
 
 
@@ -42,7 +47,9 @@ class Full(Delta):
     def clone(self, net: nn.Module) -> tuple[nn.Module, Delta]:
         return copy.deepcopy(net), self
 
-    def shift(self, x: Tensor, t: Tensor, cond: Cond | None) -> Tensor | None:
+    def shift(
+        self, x: Tensor, t: Tensor, cond: Cond | None, endpoint: Tensor | None = None
+    ) -> Tensor | None:
         return None
 
 
@@ -56,11 +63,14 @@ class Correction(Delta):
 
     Args:
         module: ``c(x, t)`` or, with ``takes_cond``, ``c(x, t, cond)``; returns like x. It should
-            start at zero, as ``MLP(..., zero_init=True)`` does.
+            start at zero, as ``MLP(..., zero_init=True)`` does. A module with a true attribute
+            ``sees_endpoint`` is also given ``endpoint=``, the frozen model's at (x, t), which is
+            known anyway: what is right or wrong with a sample is easier to see there.
     """
 
     def __init__(self, module: nn.Module, *, takes_cond: bool = False) -> None:
         self.module, self.takes_cond = module, takes_cond
+        self.sees_endpoint = bool(getattr(module, "sees_endpoint", False))
 
     def is_null(self) -> bool:
         """Whether the last layer is still exactly zero, so that nothing is added."""
@@ -90,8 +100,12 @@ class Correction(Delta):
     def clone(self, net: nn.Module) -> tuple[nn.Module, Delta]:
         return net, Correction(copy.deepcopy(self.module), takes_cond=self.takes_cond)
 
-    def shift(self, x: Tensor, t: Tensor, cond: Cond | None) -> Tensor | None:
-        out = self.module(x, t, cond) if self.takes_cond else self.module(x, t)
+    def shift(
+        self, x: Tensor, t: Tensor, cond: Cond | None, endpoint: Tensor | None = None
+    ) -> Tensor | None:
+        inputs = (x, t, cond) if self.takes_cond else (x, t)
+        seen = {"endpoint": endpoint} if self.sees_endpoint else {}
+        out = self.module(*inputs, **seen)
         return out if isinstance(out, Tensor) else None
 
 

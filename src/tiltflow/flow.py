@@ -137,13 +137,16 @@ class FlowModel(Process):
 
     def frozen_endpoint(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
         """The end point of the network alone, before a ``Correction`` is added."""
+        return self.space.project(self._read(self.output(x, t, cond), x, t), cond)
+
+    def _read(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """The end point that an output of the network means."""
         on_x, on_output = self.affine(t)
-        out = expand_as(on_x, x) * x + expand_as(on_output, x) * self.output(x, t, cond)
-        return self.space.project(out, cond)
+        return expand_as(on_x, x) * x + expand_as(on_output, x) * output
 
     def completed(self, frozen: Tensor, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
         """``frozen_endpoint`` plus what the delta adds to it."""
-        shift = self.correction(x, t, cond)
+        shift = self.correction(x, t, cond, frozen)
         if shift is None:
             return frozen
         return frozen + expand_as(self.schedule.beta(t), x) ** 2 * shift
@@ -152,10 +155,8 @@ class FlowModel(Process):
         """v = alpha' E[X_1|x] + beta' E[X_0|x] = kappa x + eta score, (B, *event)."""
         t = as_times(t, x)
         if self.predicts is Prediction.VELOCITY:
-            raw, shift = (
-                self.space.project(self.output(x, t, cond), cond),
-                self.correction(x, t, cond),
-            )
+            raw = self.space.project(self.output(x, t, cond), cond)
+            shift = self.correction(x, t, cond, self._read(raw, x, t))
             _, beta, d = self._coefficients(t, x)
             return raw if shift is None else raw + beta * d * shift
         noise = self.noise(x, t, cond)
@@ -175,7 +176,8 @@ class FlowModel(Process):
                 return (x - alpha * self.endpoint(x, t, cond)) / beta
             d_alpha = expand_as(self.schedule.d_alpha(t), x)
             return (d_alpha * x - alpha * self.velocity(x, t, cond)) / d
-        raw, shift = self.space.project(self.output(x, t, cond), cond), self.correction(x, t, cond)
+        raw = self.space.project(self.output(x, t, cond), cond)
+        shift = self.correction(x, t, cond, self._read(raw, x, t))
         out = raw if self.predicts is Prediction.NOISE else -beta * raw
         return out if shift is None else out - alpha * beta * shift
 
@@ -200,9 +202,16 @@ class FlowModel(Process):
             )
         return out.to(x.dtype)
 
-    def correction(self, x: Tensor, t: Tensor, cond: Cond | None) -> Tensor | None:
-        """What a ``Correction`` adds to the end point, in units of beta^2; or ``None``."""
-        shift = self.delta.shift(x, t, cond)
+    def correction(
+        self, x: Tensor, t: Tensor, cond: Cond | None, frozen: Tensor | None = None
+    ) -> Tensor | None:
+        """What a ``Correction`` adds to the end point, in units of beta^2; or ``None``.
+
+        ``frozen``: the frozen end point, where it is known. It is computed where it is needed.
+        """
+        if frozen is None and self.delta.sees_endpoint:
+            frozen = self.frozen_endpoint(x, t, cond)
+        shift = self.delta.shift(x, t, cond, frozen)
         return None if shift is None else self.space.project(shift.to(x.dtype), cond)
 
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from tiltflow.delta import MLP, Correction
+from tiltflow.errors import ConfigError
 from tiltflow.flow import FlowModel
 from tiltflow.potential import Potential
-from tiltflow.types import Access, expand_as
+from tiltflow.types import Access, Cond, expand_as, index_cond
 
 
 @final
@@ -23,16 +24,21 @@ class LearnedGuidance(nn.Module):
     order Phi_t(x) is phi at the end point, so that its direction is known and only its length, a
     function of two numbers, is left to learn. A handful of roll-outs teach that; a network that
     has to find the direction too needs far more of them (docs/digits.md).
-    The price: sampling evaluates the reward's gradient at every step.
+    The price: sampling evaluates the reward's gradient at every step after ``since``.
 
     Args:
         model: the frozen model, shared.
-        reward: offers value and gradient; both are taken at end points, without conditions.
+        reward: offers value and gradient; both are taken at end points.
         hidden: widths of the layers of the gain.
         frequencies: Fourier pairs of t.
+        since: nothing is added before this time. Long before the data an end point says little of
+            a reward of details, such as the bonds of a molecule, and may be nothing that the
+            reward can be asked about.
         init_seed: of the initial weights; the global generator is left alone, so that a run that
             is started again starts the same.
     """
+
+    sees_endpoint = True
 
     def __init__(
         self,
@@ -40,9 +46,13 @@ class LearnedGuidance(nn.Module):
         reward: Potential,
         hidden: Sequence[int] = (32, 32),
         frequencies: int = 4,
+        since: float = 0.0,
         init_seed: int = 0,
     ) -> None:
         super().__init__()
+        if not 0 <= since < 1:
+            raise ConfigError(f"LearnedGuidance: since={since!r} must be in [0, 1).")
+        self.since = since
         reward.require(Access.BOTH, "LearnedGuidance")
         # Behind a tuple, so that neither is registered: they are shared, not trained or saved.
         self._shared = (model, reward)
@@ -50,12 +60,25 @@ class LearnedGuidance(nn.Module):
             torch.manual_seed(init_seed)
             self.gain = MLP((1,), hidden, frequencies=frequencies, zero_init=True)
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """(B, *event), (B,) -> (B, *event)."""
+    def forward(
+        self, x: Tensor, t: Tensor, cond: Cond | None = None, *, endpoint: Tensor | None = None
+    ) -> Tensor:
+        """(B, *event), (B,) -> (B, *event); ``endpoint`` is that of the frozen model, if known."""
+        late = (t >= self.since).nonzero()[:, 0]
+        if len(late) == len(t):
+            return self._pull(x, t, cond, endpoint)
+        out = torch.zeros_like(x)
+        if len(late) == 0:
+            return out
+        seen = None if endpoint is None else endpoint[late]
+        return out.index_copy(0, late, self._pull(x[late], t[late], index_cond(cond, late), seen))
+
+    def _pull(self, x: Tensor, t: Tensor, cond: Cond | None, endpoint: Tensor | None) -> Tensor:
         model, reward = self._shared
-        with torch.no_grad():
-            endpoint = model.frozen_endpoint(x.detach(), t)
-        value, direction = reward.value_and_grad(endpoint)
+        if endpoint is None:
+            with torch.no_grad():
+                endpoint = model.frozen_endpoint(x.detach(), t, cond)
+        value, direction = reward.value_and_grad(endpoint.detach(), cond)
         gain: Tensor = self.gain(value[:, None], t)
         return expand_as(gain[:, 0], x) * direction
 
@@ -63,9 +86,13 @@ class LearnedGuidance(nn.Module):
         other = LearnedGuidance.__new__(LearnedGuidance)
         nn.Module.__init__(other)
         other._shared, other.gain = self._shared, copy.deepcopy(self.gain, memo)
+        other.since = self.since
         return other
 
 
-def guided(model: FlowModel, reward: Potential, hidden: Sequence[int] = (32, 32)) -> FlowModel:
+def guided(
+    model: FlowModel, reward: Potential, hidden: Sequence[int] = (32, 32), *, since: float = 0.0
+) -> FlowModel:
     """The same model, to be trained through ``LearnedGuidance`` instead of its own weights."""
-    return model.with_delta(Correction(LearnedGuidance(model, reward, hidden)))
+    guidance = LearnedGuidance(model, reward, hidden, since=since)
+    return model.with_delta(Correction(guidance, takes_cond=model.takes_cond))

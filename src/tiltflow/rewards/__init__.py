@@ -6,6 +6,7 @@ from tiltflow.rewards.mnist import MnistDigit
 from tiltflow.rewards.molecules import DrugScore, Valency
 from tiltflow.rewards.points import Distance, Linear, Norm, Quadratic
 from tiltflow.rewards.standardised import Standardised
+from tiltflow.rewards.validity import ValidityGap
 from tiltflow.rewards.xtb import XTBEnergy, XTBProperty
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "RiskField",
     "Standardised",
     "Valency",
+    "ValidityGap",
     "XTBEnergy",
     "XTBProperty",
 ]

@@ -273,8 +273,12 @@ class _Matching:
             self._roll_out(update // self.solver.updates_per_rollout)
         points = self.batches[position]
         with self.context.backend.autocast():
-            model = self.tuned.correction if self.shared else self.tuned.output
-            output = model(points.x, points.t, points.cond)
+            x, t, cond, tuned = points.x, points.t, points.cond, self.tuned
+            output = (
+                tuned.correction(x, t, cond, points.frozen)
+                if self.shared
+                else tuned.output(x, t, cond)
+            )
         assert output is not None
         space = self.tuned.space  # which a raw output may leave; an end point does not
         error = space.project(output - points.target, points.cond)
@@ -312,8 +316,8 @@ class _Matching:
             cond = {
                 k[len(head) + 5 :]: v for k, v in state.items() if k.startswith(head + "cond/")
             }
-            x, t, target, weight = (state[head + n] for n in FIELDS)
-            self.buffer.append(Points(x, t, target, weight, cond or None))
+            fields = {name: state[head + name] for name in FIELDS}
+            self.buffer.append(Points(**fields, cond=cond or None))
 
     # --- one roll-out ----------------------------------------------------------------------------
 
@@ -326,7 +330,7 @@ class _Matching:
         path = rollout(
             self.tuned, self.reference, self.steps, self.terminal, count,
             seed=seed.child("paths"), backend=self.context.backend,
-            running=self.running, cond=cond, chunk=self.solver.chunk, carry=self.mixer.carry(),
+            running=self.running, cond=cond, chunk=self.solver.chunk, carry=self._carry(),
             oversample=oversample,
         )  # fmt: skip
         targets = self._targets(path)
@@ -337,6 +341,12 @@ class _Matching:
         self._split(generator)
         if not self.solver.replay:
             self.buffer = []
+
+    def _carry(self) -> tuple[int, float]:
+        """As ``Mixer.carry``; without early steps in the loss their adjoints are of no use."""
+        if self.solver.early or self.mixer.noise.numel():
+            return self.mixer.carry()
+        return self.num_noisy - math.ceil(self.solver.late * self.num_noisy), 0.0
 
     def _oversample(self) -> int:
         """How many times more trajectories to simulate than to keep."""
@@ -441,7 +451,7 @@ def _spread(log_weight: Tensor, importance: Tensor | None = None) -> float:
     return float(base.logsumexp(0) - math.log(len(log_weight)) - mean)
 
 
-FIELDS = ("x", "t", "target", "weight")
+FIELDS = ("x", "t", "target", "weight", "frozen")
 
 
 def _joined(parts: list[Points]) -> Points:
@@ -450,10 +460,5 @@ def _joined(parts: list[Points]) -> Points:
         if not all(isinstance(e, Tensor) for e in parts[0].cond.values()):
             raise UnsupportedError("Replay needs conditions made of tensors only.")
         cond = {k: torch.cat([p.cond[k] for p in parts]) for k in parts[0].cond}  # type: ignore
-    return Points(
-        torch.cat([p.x for p in parts]),
-        torch.cat([p.t for p in parts]),
-        torch.cat([p.target for p in parts]),
-        torch.cat([p.weight for p in parts]),
-        cond,
-    )
+    fields = {name: torch.cat([getattr(p, name) for p in parts]) for name in FIELDS}
+    return Points(**fields, cond=cond)

@@ -126,14 +126,14 @@ def endpoint_shift(
     not at all.
     """
     with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-        base = reference.frozen_endpoint(x, t, cond)
-        known = None if _is_null(reference) else reference.correction(x, t, cond)
+        end = base = reference.frozen_endpoint(x, t, cond)
+        known = None if _is_null(reference) else reference.correction(x, t, cond, end)
     beta2 = expand_as(reference.schedule.beta(t), x) ** 2
     if known is not None:
         base = base + beta2 * known
     if tuned.net is not reference.net:
         return base, tuned.endpoint(x, t, cond) - base
-    own = tuned.correction(x, t, cond)
+    own = tuned.correction(x, t, cond, end)
     own = torch.zeros_like(x) if own is None else own
     return base, beta2 * (own if known is None else own - known)
 

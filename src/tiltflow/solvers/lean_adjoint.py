@@ -253,9 +253,9 @@ class _Path:
         """Keeps frozen and reference end points of a step, with a graph where it is late."""
         with self.backend.autocast():
             with torch.set_grad_enabled(graph):
-                out, shift = self._outputs(leaf, t, self.cond)
+                out, shift = self._outputs(leaf, t, k, self.cond)
             with torch.no_grad():
-                frozen = self._frozen(out, leaf, k)
+                frozen = self._frozen(out, leaf, k, self.cond)
         self.graphs.append((out, shift) if graph else None)
         with torch.no_grad():
             self.asked.append((frozen, self._corrected(frozen, shift, k)))
@@ -266,22 +266,26 @@ class _Path:
             if self.shared:
                 base = self.asked[k][0]
             else:
-                base = self._frozen(self.tuned.output(leaf, t, self.cond), leaf, k)
-            shift = self.tuned.correction(leaf, t, self.cond)
+                base = self._frozen(self.tuned.output(leaf, t, self.cond), leaf, k, self.cond)
+            shift = self.tuned.correction(leaf, t, self.cond, base)
         self.own.append(self._corrected(base, shift, k))
         return self.own[k]
 
     def _corrected(self, frozen: Tensor, shift: Tensor | None, k: int) -> Tensor:
         return frozen if shift is None else torch.add(frozen, shift, alpha=self.beta2[k])
 
-    def _outputs(self, x: Tensor, t: Tensor, cond: Cond | None) -> tuple[Tensor, Tensor | None]:
-        return self.reference.output(x, t, cond), self.reference.correction(x, t, cond)
+    def _outputs(
+        self, x: Tensor, t: Tensor, k: int, cond: Cond | None
+    ) -> tuple[Tensor, Tensor | None]:
+        out, sees = self.reference.output(x, t, cond), self.reference.delta.sees_endpoint
+        frozen = self._frozen(out, x, k, cond) if sees else None
+        return out, self.reference.correction(x, t, cond, frozen)
 
-    def _frozen(self, out: Tensor, x: Tensor, k: int) -> Tensor:
+    def _frozen(self, out: Tensor, x: Tensor, k: int, cond: Cond | None) -> Tensor:
         """``frozen_endpoint`` from the network's output and precomputed numbers."""
         out = out * self.on_output[k]
         out = torch.add(out, x, alpha=self.on_x[k]) if self.on_x[k] != 0.0 else out
-        return self.reference.space.project(out, self.cond)
+        return self.reference.space.project(out, cond)
 
     def backward(self, terminal: Potential, running: StepReward | None) -> Rollout:
         value = None
@@ -319,7 +323,7 @@ class _Path:
         graph, self.graphs[k] = self.graphs[k], None
         if graph is None:
             with self.backend.autocast(), torch.enable_grad():
-                graph = self._outputs(leaf, self.steps.t[k].expand(len(leaf)), self.cond)
+                graph = self._outputs(leaf, self.steps.t[k].expand(len(leaf)), k, self.cond)
         return graph
 
     def _early(self, adjoint: Tensor, carried: Carried) -> Tensor:
@@ -331,7 +335,7 @@ class _Path:
         for k in reversed(range(first)):
             leaf, t = states[k].requires_grad_(), self.steps.t[k].expand(len(index))
             with self.backend.autocast():
-                graph = self._outputs(leaf, t, cond)
+                graph = self._outputs(leaf, t, k, cond)
             part = space.project(self._pulled_back(part, leaf, graph, k), cond)
             parts.append(part)
         early = adjoint.new_zeros(first, *adjoint.shape)

@@ -27,12 +27,13 @@ class Points:
     t: Tensor
     target: Tensor
     weight: Tensor
+    frozen: Tensor
     cond: Cond | None = None
 
     def __getitem__(self, index: Tensor) -> Points:
         return Points(
             self.x[index], self.t[index], self.target[index], self.weight[index],
-            index_cond(self.cond, index),
+            self.frozen[index], index_cond(self.cond, index),
         )  # fmt: skip
 
     @staticmethod
@@ -51,7 +52,8 @@ class Points:
         weight = steps.weight[k] * gain**2
         if path.importance is not None:
             weight = weight * path.importance[b]
-        return Points(x, steps.t[k], target, weight, index_cond(path.cond, b))
+        frozen, cond = path.frozen[k, b], index_cond(path.cond, b)
+        return Points(x, steps.t[k], target, weight, frozen, cond)
 
 
 def adjoint_target(path: Rollout, steps: Steps, clip: float | None) -> tuple[Tensor, float]:
