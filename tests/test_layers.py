@@ -31,7 +31,8 @@ LAYERS = [
     "adapters rewards metrics",
     "models registry runfile signatures config tables merge_tables experiment",
     "environment evaluation diagnosis recorder results rundir plots html_page inspection report "
-    "report_parts report_training run merges",
+    "report_parts report_training report_molecules molecule_pictures gallery sample_files run "
+    "merges",
     "terminal workflow cli cli_parser __main__",
 ]
 RANK = {module: rank for rank, names in enumerate(LAYERS) for module in names.split()}

@@ -30,6 +30,8 @@ MARGINS = (10, 5, 3)
 """In pm: a bond may be so much longer than its typical length."""
 
 RDKIT = "RDKit is needed for this: pip install 'tiltflow[molecules]'."
+NO_RDKIT = "RDKit is not installed"
+"""Why ``perceived_where_known`` knows nothing."""
 
 
 def reach(elements: Sequence[int], missing: float = -torch.inf) -> Tensor:
@@ -133,6 +135,24 @@ def perceived(molecules: Molecules) -> list[Any | None]:
         ]
 
 
+def perceived_where_known(molecules: Molecules) -> list[tuple[Any | None, str]]:
+    """``perceived``, but for batches of which some molecules, or all, cannot be looked at.
+
+    Returns:
+        RDKit's molecule of each and "", or ``None`` and why: "invalid", "element without known
+        bond lengths", "RDKit is not installed".
+    """
+    strange = ~torch.isin(molecules.numbers, torch.tensor([0, *VALENCIES]).to(molecules.numbers))
+    known = ~strange.any(1)
+    why = ["invalid" if fine else "element without known bond lengths" for fine in known.tolist()]
+    try:
+        found = iter(perceived(Molecules(molecules.positions[known], molecules.numbers[known])))
+    except CapabilityError:
+        return [(None, NO_RDKIT)] * len(molecules)
+    each = [next(found) if fine else None for fine in known.tolist()]
+    return [(m, reason if m is None else "") for m, reason in zip(each, why, strict=True)]
+
+
 def _among(orders: Tensor, atoms: Tensor) -> Tensor:
     return orders[atoms][:, atoms]
 
@@ -187,6 +207,7 @@ __all__ = [
     "bond_orders",
     "connected",
     "perceived",
+    "perceived_where_known",
     "reach",
     "require_tables",
     "smiles",

@@ -124,9 +124,10 @@ def _finish(directory: RunDirectory, report: dict[str, Any]) -> int:
 
 
 def _sample(options: argparse.Namespace) -> int:
-    from tiltflow.adapters.checkpoint import save_tensors
     from tiltflow.errors import ConfigError
+    from tiltflow.sample_files import write_samples
     from tiltflow.seed import Seed
+    from tiltflow.types import drawn_cond
 
     if options.n < 1:
         raise ConfigError(f"-n {options.n}: at least one sample.")
@@ -135,15 +136,14 @@ def _sample(options: argparse.Namespace) -> int:
     if wanted not in models:
         raise ConfigError(f"{directory.path} has no {wanted}; it has {', '.join(models)}.")
     seed = Seed(options.seed).child("sample")
-    points = plan.experiment.evaluate.sampler.sample(models[wanted], options.n, seed=seed)
+    states, sampler = flow.states(plan), plan.experiment.evaluate.sampler
+    cond = drawn_cond(states.conditions, options.n, seed)
+    points = sampler.sample(models[wanted], options.n, seed=seed, cond=cond)
     name = f"{wanted}_{options.n}_{options.seed}.safetensors"
     path = options.out or directory.samples / name
-    tensors = {"points": points, "weights": points.new_full((options.n,), 1 / options.n)}
     reward = flow.reward(plan)
-    if reward is not None:
-        tensors["rewards"] = reward.value(points)
-    save_tensors(path, tensors)
-    print(path)
+    rewards = None if reward is None else reward.value(points, cond)
+    print("\n".join(write_samples(path, points, rewards, cond, states.layout)))
     return FINE
 
 

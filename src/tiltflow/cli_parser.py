@@ -64,7 +64,8 @@ def _add_directory_commands(commands: Any) -> None:
                         help="tuned (default), baseline or pretrained; of a merge merged "
                         "(default), a model's name, or gate_0000, ...")  # fmt: skip
     sample.add_argument("--out", type=Path, metavar="FILE.safetensors",
-                        help="default: DIR/samples/<model>_<N>_<seed>.safetensors")  # fmt: skip
+                        help="default: DIR/samples/<model>_<N>_<seed>.safetensors; molecules are "
+                        "also written as .xyz, .sdf and a gallery .html beside it")  # fmt: skip
     _add_device(sample)
     evaluate = commands.add_parser("evaluate", help="measure a finished run again")
     evaluate.add_argument("directory", type=Path, metavar="DIR")

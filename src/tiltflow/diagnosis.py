@@ -23,6 +23,15 @@ OFF_LEVEL = 0.1
 SLOPES = (0.7, 1.4)
 """Slope of the achieved tilt that counts as having arrived."""
 
+MOLECULES = {
+    "atom_stability": "the share of stable atoms",
+    "molecule_stability": "the share of stable molecules", "valid": "the share of valid molecules",
+    "valid_connected": "the share of valid molecules in one piece",
+    "unique": "the share of distinct ones among the valid",
+    "vendi": "the effective number of different ones",
+}  # fmt: skip
+"""Metrics of molecules of which more is better, and what they are."""
+
 EXPLANATIONS = (
     ("tilt.slope", "Achieved tilt: slope",
      "Regression of the path's log-ratio to the pre-trained model on what the objective's optimum "
@@ -110,6 +119,26 @@ def _judged(facts: Facts) -> Finding | None:
                 "weight of the divergence, or use a more robust reward.",
             )  # fmt: skip
     return None
+
+
+def _molecules(facts: Facts) -> Finding | None:
+    """Of stability, validity and diversity each is easily raised at the cost of the others."""
+    fell = []
+    for key, told in MOLECULES.items():
+        before, after = facts.before.get(f"molecules.{key}"), facts.after.get(f"molecules.{key}")
+        # Told of the valid molecules only, the last two are compared where these are not fewer.
+        if before is None or after is None or after.count < before.count:
+            continue
+        error = math.hypot(before.standard_error, after.standard_error)
+        if after.value < before.value - 3 * error:
+            fell.append(f"{told} from {before.value:.3g} to {after.value:.3g}")
+    if not fell or facts.gain <= 0:
+        return None
+    return Finding(
+        "warning", "The reward rose and the molecules got worse",
+        f"Beyond three standard errors fell: {'; '.join(fell)}. Look at the molecules below; "
+        "raise the weight of the divergence, or add what fell to the reward.",
+    )  # fmt: skip
 
 
 def _still(facts: Facts) -> Finding | None:
@@ -217,6 +246,6 @@ def _unmatched(facts: Facts) -> Finding | None:
 
 
 _RULES: tuple[Callable[[Facts], Finding | None], ...] = (
-    _hacking, _judged, _still, _collapse, _starved, _off_level, _unconverged, _small_ess,
-    _unmatched,
+    _hacking, _judged, _molecules, _still, _collapse, _starved, _off_level, _unconverged,
+    _small_ess, _unmatched,
 )  # fmt: skip

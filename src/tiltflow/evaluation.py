@@ -10,12 +10,17 @@ from typing import final
 import torch
 from torch import Tensor
 
+from tiltflow.errors import CapabilityError, UnsupportedError
 from tiltflow.flow import FlowModel
 from tiltflow.metrics import left_cvar, reward, right_cvar, shares
+from tiltflow.metrics.molecules import molecule_report
+from tiltflow.molecules import Layout
 from tiltflow.potential import Potential
+from tiltflow.rewards.single_points import SinglePoints
 from tiltflow.sample import Sampler, step_kl
 from tiltflow.seed import Seed
-from tiltflow.types import Estimate
+from tiltflow.solvers.weighted_bank import groups_of
+from tiltflow.types import Cond, Conditions, Estimate, drawn_cond, joined_cond
 
 QUANTILES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 ENTROPY_SAMPLES = 2000
@@ -35,6 +40,7 @@ class Drawn:
         log_ratio: (N,), log dP / dP_pretrained along the path.
         path_ends: (N, *event), ends of the paths that ``kl`` and ``log_ratio`` belong to.
         path_rewards: (N,), rewards of ``path_ends``.
+        cond: conditions of ``points`` and of ``path_ends``.
     """
 
     points: Tensor
@@ -44,6 +50,7 @@ class Drawn:
     log_ratio: Tensor
     path_ends: Tensor
     path_rewards: Tensor
+    cond: Cond | None = None
 
 
 def draw(
@@ -56,32 +63,36 @@ def draw(
     path_sampler: Sampler,
     count: int,
     seed: Seed,
+    conditions: Conditions | None = None,
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> Drawn:
     """Sample a model and measure each sample.
 
-    Every model that is compared gets the same ``seed``, hence the same noise: their differences
-    are then far better known than their values.
+    Every model that is compared gets the same ``seed``, hence the same noise and conditions:
+    their differences are then far better known than their values.
 
     The path laws of ``path_sampler`` give ``kl``; it is ``sampler`` itself, unless that integrates
     an ODE, which has no path law.
     """
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-    size = min(sampler.batch_size, 1024)
+    size, conds = min(sampler.batch_size, 1024), list[Cond]()
     for batch, start in enumerate(range(0, count, size)):
         number, stream = min(size, count - start), seed.child("batch", batch)
-        path = path_sampler.simulate(model, number, seed=stream)
+        cond = drawn_cond(conditions, number, stream)
+        path = path_sampler.simulate(model, number, seed=stream, cond=cond)
         kl, ratio = step_kl(model, pretrained, path_sampler.kernel, path)
         ends = path.end
         if sampler != path_sampler:
-            ends = sampler.simulate(model, number, seed=stream).end
+            ends = sampler.simulate(model, number, seed=stream, cond=cond).end
         parts.append((ends, kl, ratio, path.end))
+        conds += [] if cond is None else [cond]
         on_batch(start + number)
     points, kl, ratio, path_ends = (torch.cat(column) for column in zip(*parts, strict=True))
-    judged = {name: judge.value(points).cpu() for name, judge in judges.items()}
+    cond = joined_cond(conds) if conds else None
+    judged = {name: judge.value(points, cond).cpu() for name, judge in judges.items()}
     return Drawn(
-        points, reward_of.value(points).cpu(), judged, kl.double().cpu(), ratio.double().cpu(),
-        path_ends, reward_of.value(path_ends).cpu(),
+        points, reward_of.value(points, cond).cpu(), judged, kl.double().cpu(),
+        ratio.double().cpu(), path_ends, reward_of.value(path_ends, cond).cpu(), cond,
     )  # fmt: skip
 
 
@@ -112,10 +123,16 @@ def _std(values: Tensor) -> Estimate:
 
 
 def compare(drawn: Drawn, before: Drawn, levels: Sequence[float]) -> dict[str, Estimate]:
-    """Differences from the pre-trained model, sample by sample with common random numbers."""
+    """Differences from the pre-trained model, sample by sample with common random numbers.
+
+    Without ``entropy_change`` for conditional models: states of several conditions, such as
+    molecules of several sizes, have no common distance.
+    """
     gain = Estimate.of(drawn.rewards.double() - before.rewards.double())
-    out = {"gain.mean": gain, "entropy_change": entropy_change(drawn.points, before.points)}
-    out |= regression("reward_tilt", drawn.log_ratio, drawn.path_rewards)
+    out = {"gain.mean": gain}
+    if drawn.cond is None:
+        out["entropy_change"] = entropy_change(drawn.points, before.points)
+    out |= regression("reward_tilt", drawn.log_ratio, drawn.path_rewards, drawn.cond)
     level = levels[0]
     tuned, pre = left_cvar(drawn.rewards, level), left_cvar(before.rewards, level)
     influence = _shortfall(before.rewards, level) - _shortfall(drawn.rewards, level)
@@ -141,30 +158,48 @@ def class_shares(labels: Tensor, names: Sequence[str]) -> dict[str, Estimate]:
     return {name: found[str(i)] for i, name in enumerate(names)}
 
 
+def of_molecules(
+    layout: Layout, points: Tensor, cond: Cond | None, energies: SinglePoints | None = None
+) -> tuple[dict[str, Estimate], str]:
+    """``metrics.molecule_report`` of samples, as ``molecules.*``, or none and why.
+
+    A finished run is not given up because RDKit is missing, or an element unknown to the metrics.
+    """
+    try:
+        found = molecule_report(layout.decode(points, cond), points=energies)
+    except (CapabilityError, UnsupportedError) as error:
+        return {}, str(error)
+    return {f"molecules.{name}": estimate for name, estimate in found.items()}, ""
+
+
 def tilt(drawn: Drawn, target: Potential) -> dict[str, Estimate]:
     """How well the tuned law is the tilt that the objective's optimum would be.
 
     At the optimum, log dP / dP_pretrained = target(X_1) + const along every path, so that the
     regression of the log-ratio on the target over the tuned model's paths has slope 1 and R^2 1,
     and the weights exp(target - log-ratio), which would turn its samples into the optimum's, are
-    all equal.
+    all equal. Of a conditional model the constant depends on the condition.
 
     Returns:
-        ``tilt.slope``, ``tilt.r2`` and ``tilt.ess``, the effective sample size of those weights as
-        a share of the samples.
+        ``tilt.slope``, ``tilt.r2`` and, without conditions, ``tilt.ess``, the effective sample
+        size of those weights as a share of the samples.
     """
-    phi = target.value(drawn.path_ends).double().cpu()
+    phi = target.value(drawn.path_ends, drawn.cond).double().cpu()
+    if drawn.cond is not None:
+        return regression("tilt", drawn.log_ratio, phi, drawn.cond)
     weights = torch.softmax(phi - drawn.log_ratio, 0)
     ess = Estimate(float(1 / (weights**2).sum()) / len(phi), 0.0, len(phi))
     return {**regression("tilt", drawn.log_ratio, phi), "tilt.ess": ess}
 
 
-def regression(name: str, y: Tensor, x: Tensor) -> dict[str, Estimate]:
+def regression(name: str, y: Tensor, x: Tensor, cond: Cond | None = None) -> dict[str, Estimate]:
     """Slope and R^2 of y on x (N,), as ``<name>.slope`` and ``<name>.r2``; empty if x is constant.
 
-    The slope's error is White's, because residuals grow with the tilt.
+    The intercept is free, with ``cond`` one for each distinct condition. The slope's error is
+    White's, because residuals grow with the tilt.
     """
-    x, y = x.double() - x.double().mean(), y.double() - y.double().mean()
+    group = groups_of(cond, len(x))[0]
+    x, y = _centred(x.double(), group), _centred(y.double(), group)
     n, power = len(x), float((x**2).sum())
     if power < 1e-12 * n:
         return {}
@@ -174,6 +209,12 @@ def regression(name: str, y: Tensor, x: Tensor) -> dict[str, Estimate]:
     r2 = 1 - float((residual**2).sum()) / max(float((y**2).sum()), 1e-300)
     r2_error = 2 * math.sqrt(max(r2, 0.0)) * (1 - r2) / math.sqrt(n)
     return {f"{name}.slope": Estimate(slope, error, n), f"{name}.r2": Estimate(r2, r2_error, n)}
+
+
+def _centred(values: Tensor, group: Tensor) -> Tensor:
+    """Less the mean of each group."""
+    sums = torch.zeros(int(group.max()) + 1, dtype=values.dtype).index_add(0, group, values)
+    return values - (sums / torch.bincount(group))[group]
 
 
 def entropy_change(after: Tensor, before: Tensor, neighbour: int = 3) -> Estimate:

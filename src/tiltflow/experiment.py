@@ -15,6 +15,7 @@ from tiltflow.density import FlowDensity
 from tiltflow.errors import ConfigError
 from tiltflow.flow import freeze
 from tiltflow.functional import Functional
+from tiltflow.kernel import Auto, Kernel
 from tiltflow.merge_tables import MergeExperiment
 from tiltflow.models import Model, Pretrained
 from tiltflow.potential import Potential
@@ -22,6 +23,7 @@ from tiltflow.runfile import Plain, override, read_toml
 from tiltflow.sample import Sampler, calibrated
 from tiltflow.seed import Seed
 from tiltflow.tables import Experiment, MirrorDescent, TailAware
+from tiltflow.types import Conditions
 
 PRETRAINED = "pretrained"
 """The model that is tuned; ``[models]`` must have it."""
@@ -43,6 +45,11 @@ class Plan:
     def seed(self) -> Seed:
         """Root of all random streams."""
         return Seed(self.experiment.seed)
+
+    @property
+    def conditions(self) -> Conditions | None:
+        """Law of the conditions of the tuned model, if it takes some."""
+        return self.pretrained.conditions
 
     @property
     def planned(self) -> bool:
@@ -96,12 +103,11 @@ def prepare(tree: Table, device: torch.device | None = None) -> Plan:
     algorithm: MirrorDescent | TailAware = tree.fields["algorithm"].build({})
     sampler = getattr(solver, "sampler", None) or Sampler()
     root = Seed(int(tree.plain["seed"])).child("models")
-    loaded = {
-        name: load_model(recipe, device, sampler, root.child(name))
-        for name, recipe in recipes.items()
-    }
+    loaded = load_models(recipes, device)
+    if Auto in _kernels(tree, sampler):
+        loaded = {n: measured(each, sampler, root.child(n)) for n, each in loaded.items()}
     scope = {
-        name: algorithm.density(each.model, sampler, root.child(name))
+        name: algorithm.density(each.model, sampler, root.child(name), each.conditions)
         for name, each in loaded.items()
     }
     experiment: Experiment = tree.build(scope)
@@ -116,6 +122,12 @@ def prepare(tree: Table, device: torch.device | None = None) -> Plan:
     return plan
 
 
+def _kernels(tree: Table, sampler: Sampler) -> set[type[Kernel]]:
+    """Of all samplers of a run."""
+    evaluation: Sampler = tree.fields["evaluate"].children()["sampler"].build({})
+    return {type(sampler.kernel), type(evaluation.kernel)}
+
+
 def _reward(experiment: Experiment) -> Potential:
     reward = experiment.evaluate.reward or getattr(experiment.objective.utility, "reward", None)
     if not isinstance(reward, Potential):
@@ -126,17 +138,34 @@ def _reward(experiment: Experiment) -> Potential:
     return reward
 
 
-def load_model(
-    recipe: Model, device: torch.device | None, sampler: Sampler, seed: Seed
-) -> Pretrained:
-    """A model on its device, frozen, with its moments measured.
+def load_models(
+    recipes: Mapping[str, Model], device: torch.device | None
+) -> dict[str, Pretrained]:
+    """Models on their device, frozen.
 
-    What the kernel ``Auto`` needs is measured once, so that every part of a run has the same. Were
-    it left to the first training, a continued run would measure it elsewhere.
+    Raises:
+        ConfigError: if a model takes conditions, but nothing says which; names the key.
     """
-    pretrained = _placed(recipe.load(), device)
-    seed = seed.child("calibration")
-    model = calibrated(pretrained.model, seed=seed, num_steps=sampler.num_steps)
+    loaded = {name: _placed(recipe.load(), device) for name, recipe in recipes.items()}
+    for name, each in loaded.items():
+        if each.model.takes_cond and each.conditions is None:
+            raise ConfigError(
+                f"models.{name}: it takes conditions, but {type(recipes[name]).__name__}.load() "
+                "gives no law of them (Pretrained.conditions)."
+            )
+    return loaded
+
+
+def measured(pretrained: Pretrained, sampler: Sampler, seed: Seed) -> Pretrained:
+    """A model with its moments, which the kernel ``Auto`` needs.
+
+    They are measured once, so that every part of a run has the same. Were it left to the first
+    training, a continued run would measure them elsewhere.
+    """
+    model = calibrated(
+        pretrained.model, seed=seed.child("calibration"), num_steps=sampler.num_steps,
+        conditions=pretrained.conditions,
+    )  # fmt: skip
     return replace(pretrained, model=model)
 
 

@@ -36,6 +36,14 @@ img { max-width:100%; height:auto; display:block; margin:.3rem 0 }
 pre { background:#f4f6f9; border-radius:8px; padding:.9rem 1rem; overflow-x:auto; font-size:.8rem;
   line-height:1.45 } code { font-size:.92em }
 details summary { cursor:pointer; font-weight:600 }
+.cards { display:grid; gap:.7rem; margin:.5rem 0 1rem;
+  grid-template-columns:repeat(auto-fill,minmax(286px,1fr)) }
+.molecule { border:1px solid var(--line); border-radius:8px; padding:.35rem .5rem .3rem; margin:0 }
+.molecule svg { width:49%; height:auto; vertical-align:middle }
+.molecule.poor { background:#fffafa; border-color:#f3c9c5 }
+.molecule figcaption { font-size:.84rem; color:var(--soft); line-height:1.35 }
+.molecule figcaption b { color:var(--ink) }
+td .molecule { min-width:250px; white-space:normal; text-align:left }
 @media print { section { break-inside:avoid } body { background:#fff } }
 """
 

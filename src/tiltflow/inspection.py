@@ -16,6 +16,7 @@ from tiltflow.run import check
 from tiltflow.seed import Seed
 from tiltflow.tables import TailAware
 from tiltflow.training import Training
+from tiltflow.types import Conditions, drawn_cond
 
 BACKWARD = 2.5
 """Cost of a vector-Jacobian product or of an update, in forward evaluations (about)."""
@@ -83,11 +84,12 @@ def estimate(plan: Plan) -> Cost:
     models = 2 + (experiment.baseline is not None)
     final_draws = models * settings.num_samples * settings.sampler.num_steps * 3
     evaluations = solves * solve + banks + final_draws
-    size = plan.pretrained.model.space.dimension(1).item() * 4
+    cond = drawn_cond(plan.conditions, 64, plan.seed.child("size"))
+    size = plan.pretrained.model.space.dimension(64, cond).max().item() * 4
     memory = paths * sampler.num_steps * size * 4 + 3 * size * experiment.algorithm.num_samples
     parameters = sum(p.numel() for p in plan.pretrained.model.net.parameters())
     memory += 4 * 6 * (parameters + _count(plan)) + 2 * 1024 * sampler.num_steps * size
-    seconds = seconds_per_state(plan.pretrained.model, plan.seed, paths)
+    seconds = seconds_per_state(plan.pretrained.model, plan.seed, paths, plan.conditions)
     return Cost(evaluations, evaluations * seconds, memory)
 
 
@@ -112,15 +114,18 @@ def _planned_work(plan: Plan) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def seconds_per_state(model: FlowModel, seed: Seed, batch: int) -> float:
+def seconds_per_state(
+    model: FlowModel, seed: Seed, batch: int, conditions: Conditions | None = None
+) -> float:
     """Median time of an evaluation, per state."""
     generator = seed.child("timing").generator(device_of(model))
-    x = model.space.noise(batch, generator)
+    cond = drawn_cond(conditions, batch, seed.child("timing"))
+    x = model.space.noise(batch, generator, cond)
     t = torch.full((batch,), 0.5).to(x)
     times = []
     for _ in range(7):
         start = time.perf_counter()
-        model.endpoint(x, t).sum().item()
+        model.endpoint(x, t, cond).sum().item()
         times.append(time.perf_counter() - start)
     return sorted(times)[3] / batch
 

@@ -15,6 +15,8 @@ from tiltflow.diagnosis import EXPLANATIONS
 from tiltflow.errors import ConfigError, UnsupportedError
 from tiltflow.html_page import MISSING, image, interval, number, page, plain, section, table
 from tiltflow.merges.report import merge_page, merge_picture
+from tiltflow.molecules import Molecules
+from tiltflow.report_molecules import molecules_sections, read_all
 from tiltflow.report_parts import appendix, cost, expectations, findings, verdicts
 from tiltflow.report_training import training, two_stages
 from tiltflow.rundir import RunDirectory
@@ -37,7 +39,7 @@ def write_report(directory: RunDirectory) -> Path:
         text = merge_page(directory, data, records, environment)
     else:
         samples = read_samples(directory, list(data["numbers"]))
-        text = render(data, samples, records, environment)
+        text = render(data, samples, records, environment, read_all(directory, data))
     write_atomic(directory.html, text.encode())
     return directory.html
 
@@ -77,12 +79,19 @@ def render(
     samples: Samples,
     records: Sequence[Mapping[str, Any]],
     environment: Mapping[str, Any],
+    molecules: Mapping[str, Molecules] | None = None,
 ) -> str:
     """The HTML text."""
+    rewards = {name: each for name, (_, each) in samples.items()}
+    shown = (
+        molecules_sections(data, molecules, rewards, _TITLES)
+        if molecules
+        else _samples(data, samples)
+    )
     parts = [
-        _head(data), findings(data), _result(data), _rewards(data, samples),
-        _samples(data, samples), _shares(data), _diagnostics(data), two_stages(data),
-        training(data, records), cost(data), expectations(data), appendix(data, environment),
+        _head(data), findings(data), _result(data), _rewards(data, samples), shown,
+        _shares(data), _diagnostics(data), two_stages(data), training(data, records), cost(data),
+        expectations(data), appendix(data, environment),
     ]  # fmt: skip
     return page(str(data["name"]), parts)
 

@@ -13,16 +13,26 @@ from tiltflow.adapters.checkpoint import save_tensors
 from tiltflow.density import Empirical
 from tiltflow.diagnosis import Facts, Finding, diagnose
 from tiltflow.errors import ConfigError
-from tiltflow.evaluation import Drawn, class_shares, compare, draw, measure, tilt
+from tiltflow.evaluation import (
+    Drawn,
+    class_shares,
+    compare,
+    draw,
+    measure,
+    of_molecules,
+    tilt,
+)
 from tiltflow.experiment import Plan
 from tiltflow.flow import FlowModel
 from tiltflow.metrics import bootstrap_interval
 from tiltflow.potential import Potential
 from tiltflow.problem import Solution
 from tiltflow.recorder import Drive, Progress, Stopwatch, finished_iterations, plain_json
-from tiltflow.run import Outcome
+from tiltflow.rewards.single_points import SinglePoints
+from tiltflow.run import Outcome, energies_of
 from tiltflow.rundir import RunDirectory
 from tiltflow.runfile import nearest, write_toml
+from tiltflow.sample_files import stored_cond
 from tiltflow.tables import TailAware
 from tiltflow.types import Access, Estimate
 
@@ -46,6 +56,8 @@ def evaluate(
         models["baseline"] = outcome.baseline.model
     drawn = {name: _draw(plan, name, model, drive) for name, model in models.items()}
     numbers = {name: _numbers(plan, each, drawn["pretrained"]) for name, each in drawn.items()}
+    energies = energies_of(plan)
+    note = _molecules(plan, drawn, numbers, energies, drive)
     numbers["tuned"] |= _achieved(plan, outcome.tuned, drawn["tuned"])
     numbers["tuned"] |= _of_thresholds(plan, outcome.tuned, numbers["tuned"])
     if outcome.baseline is not None and outcome.baseline_rate is not None:
@@ -61,6 +73,8 @@ def evaluate(
         _save_samples(directory, name, each_drawn, plan.experiment.evaluate.keep)
     stopwatch.lap("evaluation")
     report = _assemble(plan, outcome, directory, numbers, shares, expectations, findings)
+    report["molecule_note"] = note
+    report["xtb_failures"] = {} if energies is None else dict(energies.counts)
     report["intervals"] = {name: _intervals(plan, each) for name, each in drawn.items()}
     if isinstance(plan.experiment.algorithm, TailAware):
         report["tail_aware"] = _two_stages(plan, plan.experiment.algorithm, report)
@@ -79,7 +93,8 @@ def _draw(plan: Plan, name: str, model: FlowModel, drive: Drive) -> Drawn:
         model, plan.pretrained.model, plan.reward, plan.pretrained.judges,
         sampler=sampler,
         path_sampler=sampler if sampler.kernel.memoryless else plan.training_sampler,
-        count=settings.num_samples, seed=plan.seed.child("evaluation"), on_batch=on_batch,
+        count=settings.num_samples, seed=plan.seed.child("evaluation"),
+        conditions=plan.conditions, on_batch=on_batch,
     )  # fmt: skip
 
 
@@ -87,6 +102,24 @@ def _numbers(plan: Plan, drawn: Drawn, before: Drawn) -> dict[str, Estimate]:
     levels = plan.experiment.evaluate.levels
     own = measure(drawn, levels)
     return own if drawn is before else own | compare(drawn, before, levels)
+
+
+def _molecules(
+    plan: Plan,
+    drawn: Mapping[str, Drawn],
+    numbers: Mapping[str, dict[str, Estimate]],
+    energies: SinglePoints | None,
+    drive: Drive,
+) -> str | None:
+    """Add ``molecules.*`` where samples are molecules; returns why there are none, if so."""
+    layout, note = plan.pretrained.layout, None
+    for k, (name, each) in enumerate(drawn.items() if layout is not None else ()):
+        assert layout is not None
+        drive.on_progress(Progress("molecules", k, len(drawn)))
+        found, why = of_molecules(layout, each.points, each.cond, energies)
+        numbers[name].update(found)
+        note = why or note
+    return note
 
 
 def _achieved(plan: Plan, tuned: Solution[FlowModel], drawn: Drawn) -> dict[str, Estimate]:
@@ -99,7 +132,7 @@ def _achieved(plan: Plan, tuned: Solution[FlowModel], drawn: Drawn) -> dict[str,
     anchored = all(
         getattr(term.functional, "prior", None) is plan.prior for term in objective.divergences
     )
-    density = Empirical(drawn.points)
+    density = Empirical(drawn.points, cond=drawn.cond)
     if not (anchored and objective.weight > 0):
         return {}
     if Access.VALUE not in objective.utility.offers(Access.NONE):
@@ -213,6 +246,7 @@ def _findings(
 
 def _save_samples(directory: RunDirectory, name: str, drawn: Drawn, keep: int) -> None:
     tensors: dict[str, Tensor] = {"points": drawn.points[:keep], "rewards": drawn.rewards}
+    tensors |= {key: entry[:keep] for key, entry in stored_cond(drawn.cond).items()}
     save_tensors(directory.samples / f"{name}.safetensors", tensors)
 
 
@@ -230,6 +264,7 @@ def _assemble(
         for name, each in (("tuned", outcome.tuned), ("baseline", outcome.baseline))
         if each is not None
     }
+    layout = plan.pretrained.layout
     report: dict[str, Any] = plain_json({
         "name": plan.experiment.name,
         "objective": str(plan.objective),
@@ -238,6 +273,7 @@ def _assemble(
         "solver": type(plan.experiment.solver).__name__,
         "levels": list(plan.experiment.evaluate.levels),
         "picture": plan.pretrained.picture,
+        "layout": None if layout is None else dataclasses.asdict(layout),
         "classes": list(plan.pretrained.classes),
         "judges": list(plan.pretrained.judges),
         "numbers": numbers, "shares": shares, "solves": solves,

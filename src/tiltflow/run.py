@@ -13,18 +13,19 @@ from tiltflow.algorithms.planning import plan_and_tune
 from tiltflow.algorithms.tail_aware import tail_aware
 from tiltflow.density import Density
 from tiltflow.environment import environment
-from tiltflow.errors import CapabilityError, ConfigError
+from tiltflow.errors import CapabilityError, ConfigError, UnsupportedError
 from tiltflow.evaluation import matching_rate, tilt_kl
-from tiltflow.experiment import Plan
+from tiltflow.experiment import PRETRAINED, Plan
 from tiltflow.flow import FlowModel, freeze
 from tiltflow.potential import Potential
 from tiltflow.problem import ControlProblem, Result, Solution
 from tiltflow.recorder import Drive, Recorder, finished_iterations
+from tiltflow.rewards.single_points import SinglePoints
 from tiltflow.rundir import RunDirectory, Solved
 from tiltflow.sample import Sampler, path_kl
 from tiltflow.seed import Seed
 from tiltflow.tables import Baseline, TailAware
-from tiltflow.types import Access, Estimate
+from tiltflow.types import Access, Estimate, drawn_cond
 
 
 @final
@@ -44,6 +45,8 @@ def check(plan: Plan) -> Access:
         what the first variation of the objective offers at the pre-trained density.
     """
     experiment = plan.experiment
+    check_conditions(plan)
+    energies_of(plan)
     # A tail-aware run only ever follows its utility; the KL is the solver's own.
     of_tail = isinstance(experiment.algorithm, TailAware)
     followed = experiment.objective.utility if of_tail else plan.objective
@@ -56,8 +59,9 @@ def check(plan: Plan) -> Access:
         )
     plan.reward.require(Access.VALUE, "The evaluation")
     seed = plan.seed.child("probe")
-    x = Sampler(num_steps=4).sample(plan.pretrained.model, 4, seed=seed)
-    plan.reward.value(x)
+    cond = drawn_cond(plan.conditions, 4, seed)
+    x = Sampler(num_steps=4).sample(plan.pretrained.model, 4, seed=seed, cond=cond)
+    plan.reward.value(x, cond)
     if experiment.baseline is not None:
         utility = experiment.baseline.utility
         missing = (needs | Access.VALUE) & ~utility.offers_at(plan.prior)
@@ -66,8 +70,47 @@ def check(plan: Plan) -> Access:
                 f"baseline.utility: {utility} lacks {missing}, needed by {user}."
             )
     if Access.GRAD in needs and Access.GRAD in plan.reward.offers:
-        plan.reward.grad(x)
+        plan.reward.grad(x, cond)
     return offered
+
+
+def check_conditions(plan: Plan) -> None:
+    """Raise for what needs one normaliser: of a conditional model, every condition has its own.
+
+    Raises:
+        UnsupportedError: names the key of the run file.
+    """
+    experiment, algorithm = plan.experiment, plan.experiment.algorithm
+    wrong = {
+        'algorithm.way = "plan"': plan.planned,
+        "algorithm.max_rounds above 1": isinstance(algorithm, TailAware)
+        and algorithm.max_rounds > 1,
+        'baseline.match = "path_kl"': experiment.baseline is not None
+        and experiment.baseline.match == "path_kl",
+        "solver.tolerance above 0": getattr(experiment.solver, "tolerance", 0.0) > 0,
+    }
+    for key, found in wrong.items():
+        if found and plan.conditions is not None:
+            raise UnsupportedError(
+                f"{key} needs one normaliser, but models.{PRETRAINED} is conditional, and every "
+                "condition has a normaliser of its own. Fix the condition (of a model of "
+                "molecules, the number of atoms: atoms = 18), or choose another value."
+            )
+
+
+def energies_of(plan: Plan) -> SinglePoints | None:
+    """What computes the energies that the evaluation is asked for.
+
+    Raises:
+        ConfigError: if samples are not molecules.
+        CapabilityError: if the backend is not installed.
+    """
+    method = plan.experiment.evaluate.energies
+    if method is None:
+        return None
+    if plan.pretrained.layout is None:
+        raise ConfigError(f"evaluate.energies: models.{PRETRAINED} does not make molecules.")
+    return SinglePoints(method)
 
 
 def train(plan: Plan, directory: RunDirectory, drive: Drive) -> Outcome:
@@ -137,7 +180,7 @@ def _tune(plan: Plan, directory: RunDirectory, recorder: Recorder) -> Solution[F
         plan.objective, plan.pretrained.model, plan.experiment.solver,
         algorithm.schedule_of_rates(plan.experiment.objective.weight),
         density=_density(plan), context=recorder.context(), prior=plan.prior,
-        num_iterations=algorithm.num_iterations, form=algorithm.form,
+        num_iterations=algorithm.num_iterations, conditions=plan.conditions, form=algorithm.form,
         tolerance=algorithm.tolerance, completed=completed, on_iterate=recorder.on_iterate,
     )  # fmt: skip
     return solution
@@ -175,7 +218,7 @@ def _ended(plan: Plan, solved: Sequence[Solved]) -> bool:
 
 def _density(plan: Plan) -> Callable[[FlowModel, Seed], Density]:
     algorithm, sampler = plan.experiment.algorithm, plan.training_sampler
-    return lambda model, seed: algorithm.density(model, sampler, seed)
+    return lambda model, seed: algorithm.density(model, sampler, seed, plan.conditions)
 
 
 ATTEMPTS = 4
@@ -202,7 +245,7 @@ def _compare(
     for attempt in range(ATTEMPTS):
         context = recorder.context().child("baseline", attempt)
         solution = plan.experiment.solver.solve(
-            ControlProblem(plan.pretrained.model, rate * potential), context,
+            ControlProblem(plan.pretrained.model, rate * potential, plan.conditions), context,
             init=None if solution is None else solution.model,
         )  # fmt: skip
         recorder.journal.passed(context.seed.path)

@@ -23,6 +23,10 @@ def summary_text(report: dict[str, Any]) -> str:
         ("gain of worst / way to median", "gain.tail_to_median"),
         *((f"{judge} mean", f"{judge}.mean") for judge in report["judges"]),
         ("beyond the threshold", "tail_aware.tail_mass"),
+        ("stable atoms", "molecules.atom_stability"),
+        ("stable molecules", "molecules.molecule_stability"),
+        ("valid, in one piece", "molecules.valid_connected"),
+        ("unique of the valid", "molecules.unique"), ("Vendi score", "molecules.vendi"),
         ("achieved tilt, slope", "tilt.slope"), ("achieved tilt, R²", "tilt.r2"),
     ]  # fmt: skip
     lines = ["".join([f"{'':30}", *(f"{name:>22}" for name in numbers)])]

@@ -39,6 +39,11 @@ class Conditions(Protocol):
         ...
 
 
+def drawn_cond(conditions: Conditions | None, count: int, seed: Seed) -> Cond | None:
+    """The conditions of ``count`` samples; ``None`` for models that take none."""
+    return None if conditions is None else conditions.draw(count, seed.child("cond"))
+
+
 @final
 @dataclass(frozen=True)
 class Estimate:

@@ -18,6 +18,7 @@ from tiltflow.merges import results as merge_results
 from tiltflow.merges import run as merge_run
 from tiltflow.merges.plan import MergePlan
 from tiltflow.merges.run import MergeOutcome, gate_name
+from tiltflow.models import Pretrained
 from tiltflow.potential import Potential
 from tiltflow.recorder import Drive
 from tiltflow.run import Outcome
@@ -38,6 +39,7 @@ class Workflow:
         models: all models that samples can be drawn of, by name.
         result: the name of the most interesting one.
         reward: what samples are valued by, if anything.
+        states: the model that says what conditions samples have, and what they show.
     """
 
     prepare: Callable[[Table, torch.device | None], Any]
@@ -49,6 +51,7 @@ class Workflow:
     models: Callable[[Any, Any], Mapping[str, FlowModel]]
     result: str
     reward: Callable[[Any], Potential | None]
+    states: Callable[[Any], Pretrained]
 
 
 def workflow_of(tree: Table) -> Workflow:
@@ -57,11 +60,12 @@ def workflow_of(tree: Table) -> Workflow:
         return Workflow(
             merge_plan.prepare, merge_plan.check, merge_run.train, merge_run.restore,
             merge_results.evaluate, merge_inspection.describe, _merged_models, MERGED,
-            lambda plan: plan.experiment.evaluate.reward,
+            lambda plan: plan.experiment.evaluate.reward, lambda plan: plan.judge,
         )  # fmt: skip
     return Workflow(
         experiment.prepare, run.check, run.train, run.restore, results.evaluate,
         inspection.describe, _tuned_models, "tuned", lambda plan: plan.reward,
+        lambda plan: plan.pretrained,
     )  # fmt: skip
 
 

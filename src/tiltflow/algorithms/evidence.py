@@ -40,6 +40,8 @@ class Evidence:
         kl_from_parts: KL(p_i || p), likewise.
         samples: of p, (N, *event).
         part_samples: of each part.
+        cond: conditions of ``samples``.
+        part_cond: of the samples of each part.
     """
 
     objective: Estimate
@@ -48,6 +50,8 @@ class Evidence:
     kl_from_parts: tuple[Estimate, ...]
     samples: Tensor
     part_samples: tuple[Tensor, ...]
+    cond: Cond | None = None
+    part_cond: tuple[Cond | None, ...] = ()
 
 
 def gate_evidence(
@@ -94,6 +98,7 @@ def gate_evidence(
         None if reward is None else Estimate.of(reward),
         tuple(Estimate.of(kl) for kl in to_parts), tuple(Estimate.of(kl) for kl in from_parts),
         merged.ends, tuple(other.ends for other in others),
+        merged.cond, tuple(other.cond for other in others),
     )  # fmt: skip
 
 

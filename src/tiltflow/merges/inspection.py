@@ -29,7 +29,7 @@ def describe(tree: Table, plan: MergePlan) -> str:
     paths = plan.experiment.merging.solver.num_trajectories
     first = plan.pretrained[plan.root.names[0]].model
     cost = sum(_evaluations(plan, gate, name) for gate, name in gates)
-    seconds = cost * seconds_per_state(first, plan.seed, paths)
+    seconds = cost * seconds_per_state(first, plan.seed, paths, plan.conditions)
     lines = [
         *tree_lines(tree), "", drawn(plan.root), "",
         *(f"{plan.written(gate):30} {name}{_how(plan, gate)}" for gate, name in gates), "",

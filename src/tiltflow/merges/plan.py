@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias, final
 
 import torch
@@ -12,15 +12,16 @@ from tiltflow.algorithms.lowerings import LOWERINGS
 from tiltflow.algorithms.merging import chosen_lowerings
 from tiltflow.config import Table
 from tiltflow.errors import CapabilityError, ConfigError
-from tiltflow.experiment import load_model
+from tiltflow.experiment import load_models, measured
 from tiltflow.flow import FlowModel
+from tiltflow.kernel import Auto
 from tiltflow.merge_tables import MergeExperiment
 from tiltflow.models import Model, Pretrained
 from tiltflow.operators import Circuit, Gate, circuit
 from tiltflow.runfile import Plain
 from tiltflow.sample import Sampler
 from tiltflow.seed import Seed
-from tiltflow.types import Access
+from tiltflow.types import Access, Conditions, drawn_cond
 
 Signature: TypeAlias = tuple[str, tuple[int, ...]]
 
@@ -65,6 +66,12 @@ class MergePlan:
         return None if name is None else self.pretrained[name].model
 
     @property
+    def conditions(self) -> Conditions | None:
+        """Law of the conditions of all models, if they take some."""
+        laws = [each.conditions for each in self.pretrained.values()]
+        return next((law for law in laws if law is not None), None)
+
+    @property
     def judge(self) -> Pretrained:
         """The model that says of which class samples are, and what else a report shows of them."""
         named, known = self.experiment.evaluate.classes, self.pretrained
@@ -75,7 +82,8 @@ class MergePlan:
     def gates(self) -> list[tuple[Gate, str]]:
         """All gates from the bottom to the top, each once, with their lowerings."""
         once: dict[Signature, tuple[Gate, str]] = {}
-        for gate, name in chosen_lowerings(self.root, self.experiment.chosen):
+        conditional, given = self.conditions is not None, self.experiment.chosen
+        for gate, name in chosen_lowerings(self.root, given, conditional=conditional):
             once.setdefault(signature(gate), (gate, name))
         return list(once.values())
 
@@ -124,14 +132,21 @@ def prepare(tree: Table, device: torch.device | None = None) -> MergePlan:
     names = dict.fromkeys([*root.names, *([experiment.start] if experiment.start else [])])
     classes = experiment.evaluate.classes
     names |= dict.fromkeys([classes] if classes else [])
-    sampler, seed = Sampler(), Seed(experiment.seed).child("models")
-    loaded = {
-        name: load_model(experiment.models[name], device, sampler, seed.child(name))
-        for name in names
-    }
+    loaded = load_models({name: experiment.models[name] for name in names}, device)
     plan = MergePlan(experiment, tree.plain, root, loaded)
     _check_models(plan)
-    return plan
+    if not _needs_moments(experiment):
+        return plan
+    sampler, seed = Sampler(), Seed(experiment.seed).child("models")
+    known = {name: measured(each, sampler, seed.child(name)) for name, each in loaded.items()}
+    return replace(plan, pretrained=known)
+
+
+def _needs_moments(experiment: MergeExperiment) -> bool:
+    """Whether any sampler has the kernel ``Auto``."""
+    merging = experiment.merging
+    samplers = merging.sampler, merging.solver.sampler, experiment.evaluate.sampler
+    return any(isinstance(sampler.kernel, Auto) for sampler in samplers)
 
 
 def _read(experiment: MergeExperiment) -> Gate:
@@ -147,10 +162,15 @@ def _read(experiment: MergeExperiment) -> Gate:
 
 def _check_models(plan: MergePlan) -> None:
     for name, each in plan.pretrained.items():
-        if each.model.takes_cond:
+        if each.conditions is not None and each.conditions != plan.conditions:
             raise ConfigError(
-                f"models.{name}: takes conditions, which a run file cannot give; use "
-                "algorithms.merge in Python."
+                f"models.{name}: its conditions have another law than those of the other models, "
+                "but a merge has one law of conditions; use algorithms.merge in Python."
+            )
+        if plan.conditions is not None and each.conditions is None:
+            raise ConfigError(
+                f"models.{name}: takes no conditions, but another model does. Fix the condition "
+                "of that one (of a model of molecules, the number of atoms: atoms = 18)."
             )
     names, spaces = zip(*((n, p.model.space) for n, p in plan.pretrained.items()), strict=True)
     for name, space in zip(names[1:], spaces[1:], strict=True):
@@ -174,16 +194,18 @@ def check(plan: MergePlan) -> Sequence[tuple[Gate, str]]:
     """
     gates, reported = plan.gates, plan.experiment.evaluate.reward
     first = plan.pretrained[plan.root.names[0]].model
-    x = Sampler(num_steps=4).sample(first, 4, seed=plan.seed.child("probe"))
+    seed = plan.seed.child("probe")
+    cond = drawn_cond(plan.conditions, 4, seed)
+    x = Sampler(num_steps=4).sample(first, 4, seed=seed, cond=cond)
     if reported is not None:
         reported.require(Access.VALUE, "The evaluation")
-        reported.value(x)
+        reported.value(x, cond)
     for gate, name in gates:
         if gate.reward is None:
             continue
         if Access.VALUE not in gate.reward.offers:
             raise CapabilityError(f"{gate}: its reward offers no values, which a report needs.")
-        gate.reward.value(x)
+        gate.reward.value(x, cond)
         if Access.GRAD in LOWERINGS[type(gate)][name].reward:
-            gate.reward.grad(x)
+            gate.reward.grad(x, cond)
     return gates

@@ -10,13 +10,19 @@ from torch import Tensor
 
 from tiltflow import plots
 from tiltflow.adapters.checkpoint import load_tensors
+from tiltflow.gallery import cards, chosen, grid, legend, metrics_table
 from tiltflow.html_page import MISSING, image, number, page, plain, section, table
 from tiltflow.merges.drawing import circuit_svg
 from tiltflow.merges.plots import classes_figure, colours, samples_figure
+from tiltflow.report_molecules import layout_of
 from tiltflow.report_parts import appendix, cost, expectations, findings, verdicts
 from tiltflow.rundir import RunDirectory
+from tiltflow.sample_files import read_molecules
 
 Report = Mapping[str, Any]
+
+FEW = 6
+"""Molecules that are shown of each model and gate."""
 
 DEFINITIONS = {
     "Intersection": "what all parts find likely: ∝ ∏ p<sub>i</sub><sup>w<sub>i</sub></sup>",
@@ -35,9 +41,10 @@ def merge_page(
 ) -> str:
     """The HTML text."""
     samples = _read_samples(directory, data)
+    shown = _molecules(directory, data) if data.get("layout") else _samples(data, samples)
     parts = [
         _head(data), findings(data), _circuit(data), *(_gate(gate) for gate in data["gates"]),
-        _samples(data, samples), _classes(data), _models(data), _training(data, records),
+        shown, _classes(data), _models(data), _training(data, records),
         cost(data), expectations(data), appendix(data, environment),
     ]  # fmt: skip
     return page(str(data["name"]), parts)
@@ -162,6 +169,19 @@ def _samples(data: Report, samples: Mapping[str, Tensor]) -> str:
     fig = samples_figure(samples, _colours(data), _picture(data))
     return section("Samples of the models and the gates",
                    image(plots.png(fig), "Samples of each model and gate"))  # fmt: skip
+
+
+def _molecules(directory: RunDirectory, data: Report) -> str:
+    """Metrics of the molecules of all models and gates together, and the first of each."""
+    layout, files = layout_of(data["layout"]), data["files"]
+    every = {n: read_molecules(directory.samples / f"{f}.safetensors", layout)
+             for n, f in files.items()}  # fmt: skip
+    told = metrics_table(data["numbers"], {name: name for name in files}, None)
+    first = "".join(
+        f"<h3>{html.escape(name)}</h3>{grid(cards(chosen(each, range(min(FEW, len(each))))))}"
+        for name, each in every.items()
+    )
+    return section("Molecules", told, legend(next(iter(every.values()))), first)
 
 
 def _classes(data: Report) -> str:

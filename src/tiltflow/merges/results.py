@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, final
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from tiltflow.adapters.checkpoint import save_tensors
 from tiltflow.algorithms.evidence import Evidence, gate_evidence
 from tiltflow.algorithms.lowerings import Job
 from tiltflow.errors import ConfigError
-from tiltflow.evaluation import class_shares
+from tiltflow.evaluation import class_shares, of_molecules
 from tiltflow.merges.exact import distances
 from tiltflow.merges.findings import findings
 from tiltflow.merges.plan import MergePlan
@@ -24,9 +24,12 @@ from tiltflow.recorder import Drive, Progress, Stopwatch, plain_json
 from tiltflow.results import cost
 from tiltflow.rundir import RunDirectory
 from tiltflow.runfile import nearest, write_toml
-from tiltflow.types import Estimate
+from tiltflow.sample_files import stored_cond
+from tiltflow.types import Cond, Estimate
 
 Numbers = dict[str, Estimate]
+Drawn = tuple[Tensor, Cond | None]
+"""Points and their conditions."""
 
 FEW = 4
 """Means and variances are reported of states of so many dimensions at most."""
@@ -40,14 +43,14 @@ class Measured:
     Attributes:
         evidence: of each gate, by its text.
         exact: by gate, the distance to its closed form, or why it is not known.
-        samples: points of each model and each gate, by name or text.
+        samples: points of each model and each gate, by name or text, and their conditions.
         numbers: of each of them, by metric.
         shares: of each of them, by class.
     """
 
     evidence: Mapping[str, Evidence]
     exact: Mapping[str, Estimate | str]
-    samples: Mapping[str, Tensor]
+    samples: Mapping[str, Drawn]
     numbers: Mapping[str, Numbers]
     shares: Mapping[str, Numbers]
 
@@ -71,10 +74,11 @@ def evaluate(
         directory.append(
             directory.metrics, {"kind": "evaluation", "model": name, "numbers": plain_json(each)}
         )
-    for name, points in measured.samples.items():
-        kept = points[: plan.experiment.evaluate.keep].cpu()
-        save_tensors(directory.samples / f"{file_name(outcome, name)}.safetensors",
-                     {"points": kept.contiguous()})  # fmt: skip
+    keep = plan.experiment.evaluate.keep
+    for name, (points, cond) in measured.samples.items():
+        tensors = {"points": points[:keep]}
+        tensors |= {key: entry[:keep] for key, entry in stored_cond(cond).items()}
+        save_tensors(directory.samples / f"{file_name(outcome, name)}.safetensors", tensors)
     stopwatch.lap("evaluation")
     report = _assemble(plan, outcome, measured, directory, expectations)
     directory.write_json(directory.report, report)
@@ -91,20 +95,23 @@ def _measured(plan: MergePlan, outcome: MergeOutcome, drive: Drive) -> Measured:
     settings, evidence, samples = (
         plan.experiment.evaluate,
         dict[str, Evidence](),
-        dict[str, Tensor](),
+        dict[str, Drawn](),
     )
     for k, (key, job) in enumerate(outcome.jobs.items()):
         drive.on_progress(Progress("evaluation", k, len(outcome.jobs)))
         evidence[key] = gate_evidence(
             job.gate, outcome.gates[key].model, job.models, sampler=settings.sampler,
             count=settings.num_samples, seed=plan.seed.child("evaluation", k),
+            conditions=plan.conditions,
         )  # fmt: skip
-        for name, points in zip(part_names(plan, job), evidence[key].part_samples, strict=True):
-            samples.setdefault(name, points)
-        samples[key] = evidence[key].samples
+        own = evidence[key]
+        parts = zip(own.part_samples, own.part_cond, strict=True)
+        for name, drawn_part in zip(part_names(plan, job), parts, strict=True):
+            samples.setdefault(name, drawn_part)
+        samples[key] = own.samples, own.cond
     exact = distances(plan, outcome)
     shares = _shares(plan, samples)
-    numbers = {name: _numbers(plan, points) for name, points in samples.items()}
+    numbers = {name: _numbers(plan, *each) for name, each in samples.items()}
     for name, of_classes in shares.items():
         numbers[name] |= {f"share.{label}": share for label, share in of_classes.items()}
     for key in outcome.jobs:
@@ -121,14 +128,16 @@ def part_names(plan: MergePlan, job: Job) -> list[str]:
     return [plan.written(part) for part in job.gate.parts]
 
 
-def _numbers(plan: MergePlan, points: Tensor) -> Numbers:
+def _numbers(plan: MergePlan, points: Tensor, cond: Cond | None) -> Numbers:
     """Of samples of any model."""
     out: Numbers = {}
     reported, flat = plan.experiment.evaluate.reward, points.flatten(1).double().cpu()
     if reported is not None:
-        out["reward"] = Estimate.of(reported.value(points).cpu())
+        out["reward"] = Estimate.of(reported.value(points, cond).cpu())
     for name, judge in plan.judge.judges.items():
-        out[f"{name}.mean"] = Estimate.of(judge.value(points).cpu())
+        out[f"{name}.mean"] = Estimate.of(judge.value(points, cond).cpu())
+    if plan.judge.layout is not None:
+        return out | of_molecules(plan.judge.layout, points, cond)[0]
     if flat.shape[1] <= FEW:
         for i, x in enumerate(flat.T):
             out[f"mean.{i}"], out[f"variance.{i}"] = Estimate.of(x), _variance(x)
@@ -141,11 +150,11 @@ def _variance(x: Tensor) -> Estimate:
     return Estimate(float(square.sum()) / (n - 1), float(square.std()) / math.sqrt(n), n)
 
 
-def _shares(plan: MergePlan, samples: Mapping[str, Tensor]) -> dict[str, Numbers]:
+def _shares(plan: MergePlan, samples: Mapping[str, Drawn]) -> dict[str, Numbers]:
     classify, names = plan.judge.classify, plan.judge.classes
     if classify is None:
         return {}
-    return {name: class_shares(classify(points), names) for name, points in samples.items()}
+    return {name: class_shares(classify(points), names) for name, (points, _) in samples.items()}
 
 
 def _of_gate(
@@ -192,12 +201,14 @@ def _assemble(
     gates = [_gate(plan, outcome, measured, key) for key in outcome.jobs]
     for gate in gates:
         gate["solves"] = [r["result"] for r in solves if r["gate"] == gate["text"]]
+    layout = plan.judge.layout
     report: dict[str, Any] = plain_json({
         "name": plan.experiment.name,
         "circuit": plan.experiment.circuit, "drawn": drawn(plan.root),
         "tree": _tree(plan, plan.root), "root": outcome.root,
         "models": list(plan.root.names), "start": plan.experiment.start,
-        "picture": plan.judge.picture, "classes": list(plan.judge.classes),
+        "picture": plan.judge.picture, "layout": None if layout is None else asdict(layout),
+        "classes": list(plan.judge.classes),
         "judges": list(plan.judge.judges),
         "reward": _text(plan.experiment.evaluate.reward),
         "files": {name: file_name(outcome, name) for name in measured.samples},

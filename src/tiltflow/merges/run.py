@@ -70,7 +70,7 @@ def _merged(plan: MergePlan, context: Context, keeper: _Archive | _Recorder) -> 
     experiment = plan.experiment
     merged = merge(
         plan.root, plan.models, context=context, settings=experiment.merging, start=plan.start,
-        lowerings=experiment.chosen, keeper=keeper,
+        lowerings=experiment.chosen, conditions=plan.conditions, keeper=keeper,
     )  # fmt: skip
     # The keeper was asked for the same gates in the same order.
     gates = dict(zip(keeper.jobs, merged.gates.values(), strict=True))
