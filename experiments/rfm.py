@@ -10,17 +10,17 @@ where it was. Every command writes docs/rfm.md anew from all results there are, 
 
 from __future__ import annotations
 
-import functools
 import sys
 
 import rfm_digits
 import rfm_gaussians
 import rfm_images
 import rfm_lowerings
-import rfm_page
 import rfm_panels
 import rfm_toy
+import rfm_texts as texts
 from commands import Commands
+from pages import Page
 
 MODULES = {
     "panels": rfm_panels,
@@ -35,9 +35,8 @@ MODULES = {
 RUNS = {name: module.run for name, module in MODULES.items()}
 NAMES = tuple(RUNS)
 
-main = Commands(
-    "rfm", __doc__.split("\n")[0], RUNS, functools.partial(rfm_page.write, MODULES), seeds=3
-)
+PAGE = Page("rfm", "rfm", texts.HEAD, MODULES)
+main = Commands("rfm", __doc__.split("\n")[0], RUNS, PAGE, seeds=3)
 
 if __name__ == "__main__":
     main(sys.argv[1:])

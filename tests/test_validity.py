@@ -41,7 +41,6 @@ def test_zero_is_valid_and_connected(molecules: Molecules) -> None:
         moved = shaken(molecules, by, seed)
         value = ValidityGap(margin=0.0).value(*states(moved))
         assert torch.equal(value == 0, fine(moved))
-        assert bool((value > -1).all())
         assert bool((value <= 0).all())
         seen.append(fine(moved))
     assert 0.2 < float(torch.cat(seen).double().mean()) < 0.9  # both kinds were there

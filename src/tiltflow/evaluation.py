@@ -80,7 +80,7 @@ def draw(
         number, stream = min(size, count - start), seed.child("batch", batch)
         cond = drawn_cond(conditions, number, stream)
         path = path_sampler.simulate(model, number, seed=stream, cond=cond)
-        kl, ratio = step_kl(model, pretrained, path_sampler.kernel, path)
+        kl, ratio = step_kl(model, pretrained, path_sampler.kernel, path, own=True)
         ends = path.end
         if sampler != path_sampler:
             ends = sampler.simulate(model, number, seed=stream, cond=cond).end

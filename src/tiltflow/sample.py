@@ -120,9 +120,20 @@ class Sampler:
 
 @torch.no_grad()
 def step_kl(
-    tuned: Process, reference: Process, kernel: Kernel, path: Trajectory
+    tuned: Process,
+    reference: Process,
+    kernel: Kernel,
+    path: Trajectory,
+    *,
+    own: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """KL of each step along a path of ``tuned``, and the log-ratio of the path laws.
+    """KL of each step along a path, and the log-ratio of the path laws.
+
+    Args:
+        tuned, reference: P and P_ref.
+        kernel: of the path's steps.
+        path: of any process; of ``tuned`` for the KL to be one.
+        own: ``tuned`` has made this path with this kernel, so that its means are known.
 
     Returns:
         ``kl`` (B,): sum over noisy steps of |m - m_ref|^2 / (2 v); its mean is KL(P || P_ref) of
@@ -138,7 +149,7 @@ def step_kl(
         if float(variance[0]) == 0.0:
             continue  # a noiseless step has no density; both laws share it
         x, x_next = path.states[k], path.states[k + 1]
-        mean = kernel.transition(tuned, x, t, s, path.cond).mean
+        mean = path.means[k] if own else kernel.transition(tuned, x, t, s, path.cond).mean
         shift = mean - kernel.transition(reference, x, t, s, path.cond).mean
         inner = reference.space.inner
         step = inner(shift, shift) / (2 * variance)
@@ -162,7 +173,7 @@ def path_kl(
     (methods, section 1.11); otherwise it bounds that KL from above.
     """
     path = sampler.simulate(tuned, count, seed=seed, cond=cond)
-    return Estimate.of(step_kl(tuned, reference, sampler.kernel, path)[0])
+    return Estimate.of(step_kl(tuned, reference, sampler.kernel, path, own=True)[0])
 
 
 MAX_STEPS = 640

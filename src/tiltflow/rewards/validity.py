@@ -30,15 +30,14 @@ class ValidityGap(Reward):
         n_i   = #{(j, k): g_ijk > 0} - valency_i    bonds that an atom has too many
         E     = the n_i smallest g_ijk > 0 of every atom i
         D     = d_ij - reach_1(i, j) + margin > 0 along the minimum spanning tree of the atoms
-        S     = sum over g in E and D of g / (g + scale)
-        r(x)  = -S / (1 + S),                       -1 < r <= 0
+        r(x)  = -sum over g in E and D of g / (g + scale)        <= 0
 
     reach_k is the distance below which a bond of order k is seen (``bonds.reach``). To be valid,
     RDKit asks that no atom has too many bonds, and to be connected is to be one piece: with
     margin = 0, E and D are empty exactly for molecules that are both. Their sum is how far bonds
     have to be stretched, and pieces to be brought together, for that. r is continuous, also where
     bonds come and go: a bond stops to count when its gap is zero. Unlike a sum of sigmoids it
-    pulls from any distance; what is nearly right is pulled most, gap by gap and as a whole.
+    pulls from any distance; what is nearly right is pulled most.
 
     It says nothing of atoms with too few bonds, whose hydrogens RDKit implies (``Valency`` does),
     nor of energies. Types are read by argmax and constant.
@@ -80,8 +79,7 @@ class ValidityGap(Reward):
         surplus = _surplus((limits + self.margin - d) * pairs, valencies)
         apart = spanning_edges((d - limits[0] + self.margin).clamp(min=0), mask)
         gaps = torch.cat([surplus.flatten(1), apart], 1)
-        total = (gaps / (gaps + self.scale)).sum(1)
-        return -total / (1 + total)
+        return -(gaps / (gaps + self.scale)).sum(1)
 
 
 def _surplus(gaps: Tensor, valencies: Tensor) -> Tensor:

@@ -430,7 +430,7 @@ class _Matching:
         seed, count = self.context.seed.child("evaluate"), self.solver.num_evaluate
         cond, sampler = self._draw(count, seed), self.solver.sampler
         path = sampler.simulate(self.tuned, count, seed=seed.child("paths"), cond=cond)
-        kl, ratio = step_kl(self.tuned, self.reference, sampler.kernel, path)
+        kl, ratio = step_kl(self.tuned, self.reference, sampler.kernel, path, own=True)
         stats = {"path_kl": float(kl.mean()), "path_kl_error": float(kl.std()) / count**0.5}
         if Access.VALUE in self.terminal.offers and self.running is None:
             value = self.terminal.value(path.end, cond)

@@ -95,7 +95,7 @@ def evaluated(
     """
     cond = None if conditions is None else conditions.draw(count, seed.child("cond"))
     path = sampler.simulate(tuned, count, seed=seed.child("paths"), cond=cond)
-    kl, ratio = step_kl(tuned, reference, sampler.kernel, path)
+    kl, ratio = step_kl(tuned, reference, sampler.kernel, path, own=True)
     stats = {"path_kl": float(kl.mean()), "path_kl_error": float(kl.std()) / count**0.5}
     if terminal is None or Access.VALUE not in terminal.offers:
         return stats

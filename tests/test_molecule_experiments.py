@@ -1,0 +1,75 @@
+"""The experiments on molecules: smoke runs of the published model, and their tables."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from published import published
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments"))
+
+pytest.importorskip("rdkit")
+pytest.importorskip("tblite")
+
+import molecules
+import molecules_energy
+import molecules_lab as lab
+import molecules_validity
+from toys import Store
+
+
+def store(path: Path, results: dict[str, dict[str, list[float]]]) -> Store:
+    known = {key: {"result": result, "seconds": 60.0} for key, result in results.items()}
+    path.write_text(json.dumps(known), encoding="utf-8")
+    return Store(path)
+
+
+def test_means_over_seeds_have_their_spread_as_error() -> None:
+    """Of one seed, its own error; 1 and 3 have the mean 2 and the error sqrt(2) / sqrt(2)."""
+    assert lab.pooled([{"valid": [0.5, 0.1]}]) == {"valid": [0.5, 0.1]}
+    assert lab.pooled([{"valid": [1.0, 0.1]}, {"valid": [3.0, 0.1]}])["valid"] == (
+        pytest.approx([2.0, 1.0])
+    )
+
+
+def test_a_table_tells_everything_together(tmp_path: Path) -> None:
+    told = {name: [0.5, 0.25] for name in lab.TOLD}
+    found = store(
+        tmp_path / "validity.json",
+        {"cpu/pre-trained/0": told, "cpu/expected reward/0": told, "cpu/expected reward/1": told},
+    )
+    text = molecules_validity.section(found)
+    assert "| pre-trained (1 seed) | 0.500 ± 0.250 |" in text
+    assert "| expected reward (2 seeds) | 0.500 ± 0.000 |" in text
+    assert "left CVaR (" not in text  # not run
+    assert molecules_validity.section(Store(tmp_path / "none.json")) == ""
+
+
+def test_gains_in_the_tail_are_compared_seed_by_seed(tmp_path: Path) -> None:
+    """5 and 6 against 4 and 3: 2 with the error sqrt(2) / sqrt(2)."""
+    tails = {"FDC": (5.0, 6.0), molecules_energy.METHODS[3]: (4.0, 3.0)}
+    results = {
+        f"cpu/{method}/{seed}": {"tail": [value, 0.1], "mean": [1.0, 0.1]}
+        for method, values in tails.items()
+        for seed, value in enumerate(values)
+    }
+    text = molecules_energy.section(store(tmp_path / "energy.json", results))
+    assert "under FDC less that under expected reward at the same KL: 2.00 ± 1.00" in text
+    assert "under TFFT" not in text
+
+
+@pytest.mark.slow
+@published("edm_qm9_small")
+@pytest.mark.parametrize("name", ["pretrained", "validity"])
+def test_smoke_runs_write_their_page_and_are_not_done_twice(name: str, tmp_path: Path) -> None:
+    arguments = [name, "--seeds", "1", "--quick", "--out", str(tmp_path)]
+    molecules.main(arguments)
+    page = (tmp_path / "docs" / "molecules-experiments.md").read_text(encoding="utf-8")
+    assert f"experiments/molecules.py {name}`" in page
+    before = (tmp_path / f"{name}.json").read_bytes()
+    molecules.main(arguments)
+    assert (tmp_path / f"{name}.json").read_bytes() == before
