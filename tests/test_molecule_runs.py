@@ -206,6 +206,18 @@ def test_one_number_of_atoms_needs_no_conditions(tmp_path: Path) -> None:
     assert "<figure" in (tmp_path / "out" / "report.html").read_text()
 
 
+@pytest.mark.parametrize("atoms", ["", ", atoms = 4"])
+def test_guidance_is_trained_instead_of_the_weights(tmp_path: Path, atoms: str) -> None:
+    """With numbers of atoms as conditions and without; what is saved is a gain, not a network."""
+    more = atoms + ', guidance = { kind = "ValidityGap" }, since = 0.5'
+    file = tune(tmp_path, atoms=more)
+    assert main(["run", str(file), "--out", str(tmp_path / "out")]) == FINE
+    (saved,) = (tmp_path / "out" / "checkpoints" / "iteration_0000").glob("*.safetensors")
+    weights = load_tensors(saved)
+    assert {name.split(".")[0] for name in weights} == {"gain"}
+    assert report(tmp_path / "out")["numbers"]["tuned"]["path_kl"]["value"] > 0
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

@@ -69,7 +69,8 @@ class LearnedGuidance(nn.Module):
             return self._pull(x, t, cond, endpoint)
         out = torch.zeros_like(x)
         if len(late) == 0:  # zero with a graph: training may ask for its gradient
-            return out + 0.0 * self.gain(x.new_zeros(len(t), 1), t).sum()
+            gain: Tensor = self.gain(x.new_zeros(len(t), 1), t)
+            return out + 0.0 * gain.sum()
         seen = None if endpoint is None else endpoint[late]
         return out.index_copy(0, late, self._pull(x[late], t[late], index_cond(cond, late), seen))
 

@@ -91,18 +91,26 @@ class EDM(Model):
             a baseline at a matched distance) is refused.
         epoch: which weights, 341 or 21.
         weights: a file of weights that were trained further, instead of those in the folder.
+        guidance: a reward, to train the model through ``LearnedGuidance`` along its gradient
+            instead of through its own weights.
+        since: time before which guidance adds nothing; the bonds of molecules, and whether they
+            are valid, are decided in about the last eighth.
     """
 
     path: Path
     atoms: int | None = None
     epoch: int = 341
     weights: Path | None = None
+    guidance: Potential | None = None
+    since: float = 0.88
 
     def load(self) -> Pretrained:
         edm = load_edm(self.path, epoch=self.epoch, weights=self.weights)
-        if self.atoms is None:
-            return Pretrained(edm.model, conditions=edm.sizes, layout=edm.layout)
-        return Pretrained(edm.with_atoms(self.atoms), layout=edm.layout)
+        fixed = self.atoms is not None
+        model = edm.model if self.atoms is None else edm.with_atoms(self.atoms)
+        if self.guidance is not None:
+            model = guided(model, self.guidance, since=self.since)
+        return Pretrained(model, conditions=None if fixed else edm.sizes, layout=edm.layout)
 
 
 @final
