@@ -24,15 +24,19 @@ from tiltflow.solvers import AdjointMatching
 from tiltflow.training import Training
 from tiltflow.utilities import LeftCVaR
 
-SMALL = Setting("cpu", steps=100, rollouts=8, trajectories=32, fresh=192, bank=128)
+SMALL = Setting("cpu", steps=100, rollouts=6, trajectories=32, fresh=192, bank=128)
 FULL = Setting("gpu", steps=201, rollouts=40, trajectories=128, fresh=10_000, bank=10_000)
 
-LATE = 0.12
+LATE = 0.2
 """Part of the steps, nearest to the data, that are tuned: validity is decided there, by
-hundredths of an Angstrom; earlier steps say nothing of it."""
+hundredths of an Angstrom; earlier steps say little of it."""
 
-RATE = 300.0
+RATE = 1500.0
 """1 / weight of the KL, for a reward that is about -1 where one bond is clearly wrong."""
+
+REACH = 1.0
+"""Angstrom: the scale of the reward along whose gradient is guided. It pulls at pieces that are
+far apart, where that of the reward itself is flat."""
 
 LEVEL = 0.5
 """The worse half."""
@@ -57,13 +61,14 @@ class Task:
             sampler=self.sampler, num_trajectories=self.chosen.trajectories, late=LATE, early=0.0,
             use_values=False, num_evaluate=2,
             training=Training(
-                num_updates=20 * self.chosen.rollouts, learning_rate=1e-2, ema=0.9
+                num_updates=20 * self.chosen.rollouts, learning_rate=2e-2, ema=0.9
             ),
         )  # fmt: skip
 
     def tuned(self, method: str) -> FlowModel:
         edm, reward = lab.edm(), ValidityGap(lab.edm().layout)
-        model = guided(edm.model, reward, since=1 - LATE)
+        along = (1 / reward.scale) * ValidityGap(edm.layout, scale=REACH, margin=0.03)
+        model = guided(edm.model, along, since=1 - LATE)
         context = Context(self.seed.child(method))
         if method == "expected reward":
             problem = ControlProblem(model, RATE * reward, edm.sizes)

@@ -17,8 +17,8 @@ import rfm_gaussians
 import rfm_images
 import rfm_lowerings
 import rfm_panels
-import rfm_toy
 import rfm_texts as texts
+import rfm_toy
 from commands import Commands
 from pages import Page
 

@@ -130,7 +130,8 @@ def step_kl(
     """KL of each step along a path, and the log-ratio of the path laws.
 
     Args:
-        tuned, reference: P and P_ref.
+        tuned: P.
+        reference: P_ref.
         kernel: of the path's steps.
         path: of any process; of ``tuned`` for the KL to be one.
         own: ``tuned`` has made this path with this kernel, so that its means are known.

@@ -50,10 +50,10 @@ class _SiLU(nn.Module):
 class Messages(nn.Module):
     """h_i + node_mlp([h_i, sum_j a(m_ij) m_ij]), with m_ij = edge_mlp([h_i, h_j, e_ij])."""
 
-    def __init__(self, hidden: int) -> None:
+    def __init__(self, hidden: int, edges: int = 2) -> None:
         super().__init__()
         self.edge_mlp = nn.Sequential(
-            nn.Linear(2 * hidden + 2, hidden), _SiLU(), nn.Linear(hidden, hidden), _SiLU()
+            nn.Linear(2 * hidden + edges, hidden), _SiLU(), nn.Linear(hidden, hidden), _SiLU()
         )
         self.node_mlp = nn.Sequential(
             nn.Linear(2 * hidden, hidden), _SiLU(), nn.Linear(hidden, hidden)
@@ -61,7 +61,7 @@ class Messages(nn.Module):
         self.att_mlp = nn.Sequential(nn.Linear(hidden, 1), nn.Sigmoid())
 
     def forward(self, h: Tensor, e: Tensor, pairs: Tensor) -> Tensor:
-        """(B, N, H), (B, N, N, 2), (B, N, N) weights of pairs -> (B, N, H)."""
+        """(B, N, H), (B, N, N, edges), (B, N, N) weights of pairs -> (B, N, H)."""
         first = self.edge_mlp[0]
         assert isinstance(first, nn.Linear)
         m = self.edge_mlp[1:](of_pairs(first, h, e))
@@ -75,16 +75,16 @@ class Messages(nn.Module):
 class Pull(nn.Module):
     """How strongly a pair moves its receiver: coords_range tanh(coord_mlp([h_i, h_j, e_ij]))."""
 
-    def __init__(self, hidden: int, coords_range: float) -> None:
+    def __init__(self, hidden: int, coords_range: float, edges: int = 2) -> None:
         super().__init__()
         self.coords_range = coords_range
         self.coord_mlp = nn.Sequential(
-            nn.Linear(2 * hidden + 2, hidden), _SiLU(), nn.Linear(hidden, hidden), _SiLU(),
+            nn.Linear(2 * hidden + edges, hidden), _SiLU(), nn.Linear(hidden, hidden), _SiLU(),
             nn.Linear(hidden, 1, bias=False),
         )  # fmt: skip
 
     def forward(self, h: Tensor, e: Tensor) -> Tensor:
-        """(B, N, H), (B, N, N, 2) -> (B, N, N)."""
+        """(B, N, H), (B, N, N, edges) -> (B, N, N)."""
         first = self.coord_mlp[0]
         assert isinstance(first, nn.Linear)
         out: Tensor = self.coord_mlp[1:](of_pairs(first, h, e))
