@@ -36,9 +36,9 @@ VALIDITY = """
 Reward: `ValidityGap`, which is zero exactly for molecules that RDKit finds valid and in one piece,
 and otherwise says how far bonds have to be stretched, and pieces brought together, for that.
 Numbers of atoms by the law of the training. Whether a sample is valid is decided in the last steps
-by hundredths of an Angstrom, so that only the last 12 % of the steps are tuned, through learned
-guidance along the reward's gradient at the predicted molecule: a gain that depends on time and
-reward, 1,500 numbers. Expected reward, and the left CVaR of the worse half (tail-aware, one
-training). Uniqueness and Vendi say that this is no collapse; stable atoms, that bonds were not
-merely stretched.
+by hundredths of an Angstrom, so that only the last fifth of the steps is tuned, through learned
+guidance along the gradient of the same reward with a longer reach, at the predicted molecule: a
+gain that depends on time and reward, 1,500 numbers. Expected reward, and the left CVaR of the
+worse half (tail-aware, one training). Uniqueness and Vendi say that this is no collapse; stable
+atoms, that bonds were not merely stretched.
 """
