@@ -39,6 +39,7 @@ Numbers of atoms by the law of the training. Whether a sample is valid is decide
 by hundredths of an Angstrom, so that only the last fifth of the steps is tuned, through learned
 guidance along the gradient of the same reward with a longer reach, at the predicted molecule: a
 gain that depends on time and reward, 1,500 numbers. Expected reward, and the left CVaR of the
-worse half (tail-aware, one training). Uniqueness and Vendi say that this is no collapse; stable
-atoms, that bonds were not merely stretched.
+worse half (tail-aware, one training), at the same rate: where it acts, a tail pulls harder, so
+that these rows are at different path KLs and say nothing about which utility is better. Uniqueness
+and Vendi say that this is no collapse; stable atoms, that bonds were not merely stretched.
 """
