@@ -10,6 +10,7 @@ from tiltflow.analytic import gaussian
 from tiltflow.context import Context
 from tiltflow.delta import Correction
 from tiltflow.errors import ConfigError
+from tiltflow.features import Features
 from tiltflow.flow import FlowModel, Prediction
 from tiltflow.guidance import guided
 from tiltflow.kernel import EulerMaruyama
@@ -22,6 +23,7 @@ from tiltflow.seed import Seed
 from tiltflow.solvers import AdjointMatching
 from tiltflow.space import Euclidean
 from tiltflow.training import Training
+from tiltflow.types import Cond
 
 
 def test_the_initial_weights_have_an_address() -> None:
@@ -156,3 +158,51 @@ def test_before_its_time_guidance_adds_nothing_and_does_not_ask_the_reward() -> 
     assert torch.equal(copy.endpoint(x, t), found)
     with pytest.raises(ConfigError, match=r"since=1\.5"):
         guided(plain, reward, since=1.5)
+
+
+class Squares(Features):
+    """x_1^2, x_2 and a constant."""
+
+    def _value(self, x: Tensor, cond: Cond | None) -> Tensor:
+        return torch.stack([x[:, 0] ** 2, x[:, 1], torch.ones_like(x[:, 0])], 1)
+
+
+def test_features_have_a_gain_each() -> None:
+    """The correction is J_F(e)^T gain(t, F(e)), which training can differentiate."""
+    x, t = torch.randn(5, 2), torch.full((5,), 0.4)
+    values, rows = Squares().value_and_jacobian(x)
+    assert torch.allclose(rows[:, 0, 0], 2 * x[:, 0])
+    assert torch.equal(rows[:, 1], torch.tensor([0.0, 1.0]).expand(5, 2))
+    assert not rows[:, 2].any()
+    assert not rows.requires_grad
+    assert not values.requires_grad
+    plain = gaussian([0.0, 0.0]).flow(hidden=())
+    model = guided(plain, Squares())
+    assert torch.equal(model.endpoint(x, t), plain.endpoint(x, t))
+    gains = torch.tensor([0.3, -0.2, 5.0])
+    with torch.no_grad():
+        last = [m for m in model.trainable.modules() if isinstance(m, nn.Linear)][-1]
+        last.bias.copy_(gains)
+    e = plain.endpoint(x, t)
+    pull = torch.stack([0.3 * 2 * e[:, 0], torch.full((5,), -0.2)], 1)
+    beta = plain.schedule.beta(t)[:, None]
+    assert torch.allclose(model.endpoint(x, t), e + beta**2 * pull, atol=1e-6)
+    (model.endpoint(x, t) ** 2).sum().backward()
+    assert last.bias.grad is not None
+    assert last.bias.grad.bool().tolist() == [True, True, False]
+
+
+def test_rewards_of_features_are_learned_whatever_they_are() -> None:
+    """One direction serves both rewards +x_2 and -x_2: N(0, I) is moved to -+e_2.
+
+    Bound: 4.5 standard errors of 4096 samples (0.07), plus 0.08 for 300 updates of a small net.
+    """
+    model = guided(gaussian([0.0, 0.0]).flow(hidden=()), Squares())
+    solver = AdjointMatching(
+        training=Training(num_updates=300, learning_rate=1e-2, ema=0.95), num_evaluate=4096
+    )
+    for sign in (1.0, -1.0):
+        reward = Linear([0.0, sign])
+        solution = solver.solve(ControlProblem(model, reward), Context(seed=Seed(4)))
+        assert abs(solution.stats["terminal"] - 1.0) < 0.15
+        assert abs(solution.stats["path_kl"] - 0.5) < 0.15

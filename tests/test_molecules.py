@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tiltflow.errors import ConfigError, ShapeError
-from tiltflow.molecules import Layout, Molecules
+from tiltflow.molecules import ElementCounts, Layout, Molecules
 
 WATER = Molecules(
     torch.tensor([[[0.0, 0.0, 0.1], [0.8, 0.0, 0.7], [-0.8, 0.0, 0.7], [0.0, 0.0, 0.0]]]),
@@ -44,3 +44,15 @@ def test_refusals() -> None:
         Molecules(torch.zeros(1, 2, 3), torch.zeros(1, 3))
     with pytest.raises(ShapeError, match="decode"):
         Layout().decode(torch.zeros(1, 2, 8))
+
+
+def test_elements_are_counted() -> None:
+    """Padding counts nothing; at a mixture of types the expected number."""
+    layout = Layout()
+    x, _ = layout.encode(WATER)
+    assert torch.allclose(ElementCounts(layout, (8, 1, 6)).value(x), torch.tensor([[1.0, 2, 0]]))
+    mixed = 0.5 * (x + layout.encode(Molecules(WATER.positions, torch.tensor([[6, 1, 1, 0]])))[0])
+    assert torch.allclose(ElementCounts(layout, (6, 8)).value(mixed), torch.full((1, 2), 0.5))
+    for wrong in ((14,), ()):
+        with pytest.raises(ConfigError, match="those of the layout"):
+            ElementCounts(layout, wrong)

@@ -90,13 +90,28 @@ def test_starvation_is_refused_before_any_training() -> None:
     assert len(solver.problems) == 1
 
 
-def test_bad_arguments() -> None:
+@pytest.mark.parametrize("wrong", ["max_rounds", "tail_samples"])
+def test_bad_arguments(wrong: str) -> None:
     prior = prior_of()
-    with pytest.raises(ConfigError, match="max_rounds"):
+    with pytest.raises(ConfigError, match=wrong):
         tail_aware(
             LeftCVaR(X, 0.2), prior.model, Untouched(), weight=1.0, prior=prior,
-            context=Context(), max_rounds=0,
+            context=Context(), **{wrong: 0},
         )  # fmt: skip
+
+
+@SHORT
+@pytest.mark.parametrize(("in_the_tail", "fresh"), [(400, 2000), (600, 3000)])
+def test_the_result_is_checked_on_so_many_samples_in_the_tail(
+    in_the_tail: int, fresh: int
+) -> None:
+    """At least as many as the prior's bank has."""
+    prior = prior_of()
+    out = tail_aware(
+        LeftCVaR(X, 0.2), prior.model, Untouched(), weight=1.0, prior=prior,
+        context=Context(), tail_samples=in_the_tail,
+    )  # fmt: skip
+    assert out.stats["fresh"] == fresh
 
 
 @pytest.mark.parametrize("weight", [-1.0, 0.0, math.nan, math.inf])

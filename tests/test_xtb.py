@@ -261,6 +261,22 @@ def test_standardised_under_a_law(molecules: Molecules) -> None:
         Standardised(reward, 0.0, 0.0)
 
 
+def test_a_wreck_does_not_set_a_robust_spread() -> None:
+    """One extreme value moves the standard deviation, not the interquartile range."""
+    from tiltflow.density import Empirical
+    from tiltflow.potential import Differentiable
+
+    reward = Differentiable(lambda x: x[:, 0])
+    torch.manual_seed(0)
+    x = 3 * torch.randn(4000, 1) + 2
+    wrecked = torch.cat([x, torch.tensor([[-1e5]])])
+    for points in (x, wrecked):
+        found = Standardised.under(reward, Empirical(points), robust=True)
+        assert abs(found.mean - 2) < 4.5 * 1.26 * 3 / 4000**0.5  # errors of a Gaussian's
+        assert abs(found.std / 3 - 1) < 4.5 * 1.17 / 4000**0.5  # median and IQR
+    assert Standardised.under(reward, Empirical(wrecked)).std > 1000
+
+
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     for wrong in ({"method": "AM1"}, {"per": "bond"}, {"unit": "eV"}, {"max_force": 0.0},
                   {"failure": float("nan")}, {"workers": -1}, {"backend": "xtb"}):  # fmt: skip

@@ -50,6 +50,22 @@ class Features(abc.ABC):
         (grad,) = torch.autograd.grad(out, leaf, cotangent.to(out), allow_unused=True)
         return torch.zeros_like(x) if grad is None else grad
 
+    @final
+    def value_and_jacobian(self, x: Tensor, cond: Cond | None = None) -> tuple[Tensor, Tensor]:
+        """Phi(x) and all its gradients, (B, *event) -> (B, m), (B, m, *event), without a graph.
+
+        One backward pass for each of the m features.
+        """
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            out = self.value(leaf, cond)
+            rows = [
+                torch.autograd.grad(column, leaf, retain_graph=True, allow_unused=True)[0]
+                for column in (out.sum(0) if out.requires_grad else ())
+            ]
+        known = [torch.zeros_like(x) if row is None else row for row in rows]
+        return out.detach(), torch.stack(known or [torch.zeros_like(x)] * out.shape[1], 1)
+
     def __str__(self) -> str:
         return type(self).__name__
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tiltflow.delta import MLP, Correction
 from tiltflow.errors import ConfigError
+from tiltflow.features import Features
 from tiltflow.flow import FlowModel
 from tiltflow.potential import Potential
 from tiltflow.types import Access, Cond, expand_as, index_cond
@@ -24,11 +25,13 @@ class LearnedGuidance(nn.Module):
     order Phi_t(x) is phi at the end point, so that its direction is known and only its length, a
     function of two numbers, is left to learn. A handful of roll-outs teach that; a network that
     has to find the direction too needs far more of them (docs/digits.md).
-    The price: sampling evaluates the reward's gradient at every step after ``since``.
+    A reward that is not known yet, as the later steps of a mirror descent, but is a function of
+    features F (m,) has its gradient in the span of theirs: J_F(e)^T gain(t, F(e)), with m gains.
+    The price: sampling evaluates these gradients at every step after ``since``.
 
     Args:
         model: the frozen model, shared.
-        reward: offers value and gradient; both are taken at end points.
+        along: r, which offers value and gradient, or F, of values about one; taken at end points.
         hidden: widths of the layers of the gain.
         frequencies: Fourier pairs of t.
         since: nothing is added before this time. Long before the data an end point says little of
@@ -43,7 +46,7 @@ class LearnedGuidance(nn.Module):
     def __init__(
         self,
         model: FlowModel,
-        reward: Potential,
+        along: Potential | Features,
         hidden: Sequence[int] = (32, 32),
         frequencies: int = 4,
         since: float = 0.0,
@@ -53,12 +56,14 @@ class LearnedGuidance(nn.Module):
         if not 0 <= since < 1:
             raise ConfigError(f"LearnedGuidance: since={since!r} must be in [0, 1).")
         self.since = since
-        reward.require(Access.BOTH, "LearnedGuidance")
+        if isinstance(along, Potential):
+            along.require(Access.BOTH, "LearnedGuidance")
         # Behind a tuple, so that neither is registered: they are shared, not trained or saved.
-        self._shared = (model, reward)
+        self._shared = (model, along)
+        self.size = 1 if isinstance(along, Potential) else _count(along, model)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(init_seed)
-            self.gain = MLP((1,), hidden, frequencies=frequencies, zero_init=True)
+            self.gain = MLP((self.size,), hidden, frequencies=frequencies, zero_init=True)
 
     def forward(
         self, x: Tensor, t: Tensor, cond: Cond | None = None, *, endpoint: Tensor | None = None
@@ -69,31 +74,44 @@ class LearnedGuidance(nn.Module):
             return self._pull(x, t, cond, endpoint)
         out = torch.zeros_like(x)
         if len(late) == 0:  # zero with a graph: training may ask for its gradient
-            gain: Tensor = self.gain(x.new_zeros(len(t), 1), t)
+            gain: Tensor = self.gain(x.new_zeros(len(t), self.size), t)
             return out + 0.0 * gain.sum()
         seen = None if endpoint is None else endpoint[late]
         return out.index_copy(0, late, self._pull(x[late], t[late], index_cond(cond, late), seen))
 
     def _pull(self, x: Tensor, t: Tensor, cond: Cond | None, endpoint: Tensor | None) -> Tensor:
-        model, reward = self._shared
+        model, along = self._shared
         if endpoint is None:
             with torch.no_grad():
                 endpoint = model.frozen_endpoint(x.detach(), t, cond)
-        value, direction = reward.value_and_grad(endpoint.detach(), cond)
-        gain: Tensor = self.gain(value[:, None], t)
-        return expand_as(gain[:, 0], x) * direction
+        if isinstance(along, Potential):
+            value, direction = along.value_and_grad(endpoint.detach(), cond)
+            values, directions = value[:, None], direction[:, None]
+        else:
+            values, directions = along.value_and_jacobian(endpoint.detach(), cond)
+        gains: Tensor = self.gain(values.to(x), t)
+        return (expand_as(gains, directions) * directions.to(x)).sum(1)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LearnedGuidance:
         other = LearnedGuidance.__new__(LearnedGuidance)
         nn.Module.__init__(other)
         other._shared, other.gain = self._shared, copy.deepcopy(self.gain, memo)
-        other.since = self.since
+        other.since, other.size = self.since, self.size
         return other
 
 
+def _count(features: Features, model: FlowModel) -> int:
+    """How many there are."""
+    return features.value(model.space.noise(1, torch.Generator())).shape[1]
+
+
 def guided(
-    model: FlowModel, reward: Potential, hidden: Sequence[int] = (32, 32), *, since: float = 0.0
+    model: FlowModel,
+    along: Potential | Features,
+    hidden: Sequence[int] = (32, 32),
+    *,
+    since: float = 0.0,
 ) -> FlowModel:
     """The same model, to be trained through ``LearnedGuidance`` instead of its own weights."""
-    guidance = LearnedGuidance(model, reward, hidden, since=since)
+    guidance = LearnedGuidance(model, along, hidden, since=since)
     return model.with_delta(Correction(guidance, takes_cond=model.takes_cond))

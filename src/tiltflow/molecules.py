@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tiltflow.errors import ConfigError, ShapeError
+from tiltflow.features import Features
 from tiltflow.types import Cond
 
 SYMBOLS = (
@@ -135,3 +136,33 @@ class Layout:
     def symbols(self) -> Sequence[str]:
         """Of the elements."""
         return [SYMBOLS[z] for z in self.elements]
+
+
+@final
+@dataclass(frozen=True)
+class ElementCounts(Features):
+    """How many atoms are of each of some elements, (B, N, width) -> (B, elements).
+
+    Sums of the one-hot columns as they are: whole numbers at the end of a path, up to what is left
+    of the noise, and what is expected of them at a predicted end point before. Linear in the
+    state; rows of padding are zero and count nothing.
+
+    Args:
+        layout: of the states.
+        elements: atomic numbers that the layout knows.
+    """
+
+    layout: Layout
+    elements: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        unknown = [z for z in self.elements if z not in self.layout.elements]
+        if unknown or not self.elements:
+            raise ConfigError(
+                f"ElementCounts: elements={self.elements} must be some of "
+                f"{self.layout.elements}, those of the layout."
+            )
+
+    def _value(self, x: Tensor, cond: Cond | None) -> Tensor:
+        columns = [3 + self.layout.elements.index(z) for z in self.elements]
+        return x[..., columns].sum(1) / self.layout.one_hot

@@ -52,6 +52,7 @@ def tail_aware(
     max_rounds: int = 1,
     ease: Ease = "level",
     anyway: bool = False,
+    tail_samples: int = REALISED,
     completed: Sequence[Solution[FlowModel]] = (),
     on_round: Callable[[int, Thresholds, Solution[FlowModel]], None] = ignore,
 ) -> Solution[FlowModel]:
@@ -85,6 +86,9 @@ def tail_aware(
         ease: what is made milder in rounds before the last, see ``thresholds.eased``. Of the
             three, wider tails come closest where it was measured (docs/tfft.md).
         anyway: continue with a warning, where it would be refused.
+        tail_samples: in the tail of the tuned model, on which the result is checked; the default
+            is good to 5 % and takes 400 / level fresh samples, which may cost more than the
+            training where samples or rewards are slow.
         completed: solutions of the first rounds of an earlier run with the same arguments, taken
             instead of solved and not told to ``on_round`` again; the rest is the same bit for bit.
         on_round: called with the number, the thresholds and the solution of each new round.
@@ -96,7 +100,7 @@ def tail_aware(
         roll-outs with a gradient), ``beyond`` (samples of the bank with one), ``bank`` (their
         whole number). Of fresh samples of the tuned model: ``drive``, E u'(r - y*), of the
         threshold where it is farthest from 1, with ``drive_error``; ``tail`` and ``tail_error``,
-        the utility; ``fresh``, their number, at least 400 in the tail; for a single CVaR
+        the utility; ``fresh``, their number, ``tail_samples`` in the tail; for a single CVaR
         ``tail_mass`` and ``tail_mass_error``, P(r beyond y*), which after a perfect training is
         ``level_mass``, the level or 1 - level. ``rounds``, and ``settled``: 1 if what was asked
         for is reached and the drive is right to 10 %, or to two errors beyond that, so that no
@@ -113,6 +117,8 @@ def tail_aware(
         raise ConfigError(f"tail_aware: weight={weight!r} must be positive and finite.")
     if ease not in ("weight", "level", "width"):
         raise ConfigError(f"tail_aware: ease={ease!r} must be 'weight', 'level' or 'width'.")
+    if tail_samples < 1:
+        raise ConfigError(f"tail_aware: tail_samples={tail_samples} must be at least 1.")
     if max_rounds > 1 and prior.conditions is not None:
         raise UnsupportedError(
             "tail_aware: rounds re-weight samples of a tuned model, which would change the law of "
@@ -135,7 +141,8 @@ def tail_aware(
         found, final = _thresholds(utility, parts, weight, law, ease, anyway, max_rounds - r)
         problem = ControlProblem(model, found.potential, prior.conditions)
         last = solver.solve(problem, at, init=last.model)
-        stats = _stats(utility, found, prior, last.model, at.seed, r)
+        fresh = _fresh(found, prior, last.model, at.seed, tail_samples)
+        stats = _stats(utility, found, fresh, r)
         off = abs(stats["drive"] - 1) - 2 * stats["drive_error"]
         stats["settled"] = float(final and off <= RECALIBRATE)
         last = replace(last, stats={**last.stats, **stats})
@@ -206,20 +213,20 @@ def _warn_if_failed(last: Solution[FlowModel]) -> None:
         )  # fmt: skip
 
 
-def _stats(
-    utility: Functional,
-    found: Thresholds,
-    prior: FlowDensity,
-    model: FlowModel,
-    seed: Seed,
-    r: int,
-) -> dict[str, float]:
-    """What stage 1 said, and what fresh samples of the tuned model say."""
+def _fresh(
+    found: Thresholds, prior: FlowDensity, model: FlowModel, seed: Seed, tail_samples: int
+) -> FlowDensity:
+    """The law of the tuned model, with so many samples in its smallest tail."""
     least = min(part.shape.tail for part in found.parts)
-    p = FlowDensity(
-        model, sampler=prior.sampler, num_samples=max(prior.num_samples, round(REALISED / least)),
-        seed=seed.child("realised"), conditions=prior.conditions,
+    count = max(prior.num_samples, round(tail_samples / least))
+    return FlowDensity(
+        model, sampler=prior.sampler, num_samples=count, seed=seed.child("realised"),
+        conditions=prior.conditions,
     )  # fmt: skip
+
+
+def _stats(utility: Functional, found: Thresholds, p: FlowDensity, r: int) -> dict[str, float]:
+    """What stage 1 said, and what fresh samples ``p`` of the tuned model say."""
     p = p.at_least(utility.samples_needed)
     with remembering(p.bank.points):
         tail = utility.value(p)

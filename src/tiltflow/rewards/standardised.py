@@ -13,6 +13,9 @@ from tiltflow.errors import ConfigError
 from tiltflow.potential import Potential
 from tiltflow.potential.of_reward import OfReward
 
+IQR_OF_NORMAL = 1.3489795
+"""Between the quartiles of N(0, 1)."""
+
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -20,7 +23,8 @@ class Standardised(OfReward):
     """phi(x) = (r(x) - mean) / std: a weight then means the same for every reward.
 
     ``Standardised.under(reward, density)`` takes both numbers from a law, such as the pre-trained
-    model's.
+    model's; ``robust`` ones where the reward has rare, extreme values, such as the energy of a
+    molecule two of whose atoms meet, which alone would set the standard deviation.
 
     Args:
         reward: r.
@@ -40,8 +44,15 @@ class Standardised(OfReward):
             )
 
     @staticmethod
-    def under(reward: Potential, p: Density) -> Standardised:
-        """With the mean and the standard deviation of the reward under p."""
+    def under(reward: Potential, p: Density, *, robust: bool = False) -> Standardised:
+        """With the mean and the standard deviation of the reward under p; ``robust``: with its
+        median and interquartile range / 1.349, which are the same two of a Gaussian."""
+        if robust:
+            known = reward.value(p.bank.points, p.bank.cond)
+            low, middle, high = (
+                float(p.quantile(lambda x, cond: known, q)) for q in (0.25, 0.5, 0.75)
+            )
+            return Standardised(reward, middle, (high - low) / IQR_OF_NORMAL)
         mean = p.expect(reward.value)
         variance = p.expect(lambda x, cond: (reward.value(x, cond).double() - mean) ** 2)
         return Standardised(reward, float(mean), float(variance) ** 0.5)
