@@ -18,7 +18,9 @@ import sys
 
 import molecules_conformers
 import molecules_conformers_priors
+import molecules_diversity
 import molecules_energy
+import molecules_merging
 import molecules_pretrained
 import molecules_texts as texts
 import molecules_validity
@@ -29,6 +31,8 @@ MODULES = {
     "pretrained": molecules_pretrained,
     "validity": molecules_validity,
     "energy": molecules_energy,
+    "diversity": molecules_diversity,
+    "merging": molecules_merging,
     "conformers": molecules_conformers,
     "priors": molecules_conformers_priors,
 }

@@ -103,13 +103,17 @@ def measured(
             kls[-1] = step_kl(model, reference, Ancestral(), path, own=True)[0].cpu()
     molecules = edm().layout.decode(torch.cat(ends).cpu(), on_cpu(cond))
     kl = torch.cat(kls).double()
-    told = {
+    path_kl = [float(kl.mean()), float(kl.std()) / count**0.5]
+    return reported(molecules, points) | {"path_kl": path_kl}, molecules
+
+
+def reported(molecules: Molecules, points: SinglePoints | None = None) -> Record:
+    """Everything that is told of molecules, over all sizes."""
+    return {
         name: [found.value, found.standard_error]
         for name, found in molecule_report(molecules, points=points).items()
         if "[" not in name
     }
-    told["path_kl"] = [float(kl.mean()), float(kl.std()) / count**0.5]
-    return told, molecules
 
 
 def on_cpu(cond: Cond | None) -> Cond | None:
@@ -145,10 +149,14 @@ TOLD = {
 }  # fmt: skip
 """What is always told together, and with how many digits."""
 
-HEADER = (
-    "| | atoms stable | molecules stable | valid | valid and connected | unique of valid | Vendi "
-    "| path KL (nats) |\n|---|---|---|---|---|---|---|---|"
-)
+
+def header(*first: str) -> str:
+    """Of a table of ``TOLD``, with other columns before it."""
+    columns = (
+        "", *first, "atoms stable", "molecules stable", "valid", "valid and connected",
+        "unique of valid", "Vendi", "path KL (nats)",
+    )  # fmt: skip
+    return f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|"
 
 
 def by_seed(store: Store, prefix: str) -> list[Record]:

@@ -39,4 +39,4 @@ def section(store: Store) -> str:
         name, epoch, steps = key.split("/")
         label = f"{epoch} epochs, {steps} steps, {entry['result']['count']} molecules ({name})"
         rows.append(lab.row(label, entry["result"]["told"], lab.TOLD))
-    return "\n".join([texts.PRETRAINED.strip(), "", lab.HEADER, *rows]) if rows else ""
+    return "\n".join([texts.PRETRAINED.strip(), "", lab.header(), *rows]) if rows else ""

@@ -43,3 +43,24 @@ worse half (tail-aware, one training), at the same rate: where it acts, a tail p
 that these rows are at different path KLs and say nothing about which utility is better. Uniqueness
 and Vendi say that this is no collapse; stable atoms, that bonds were not merely stretched.
 """
+
+DIVERSITY = """
+More different formulas: KL-regularised mirror descent on the log of the Vendi score of the numbers
+of carbon, nitrogen and oxygen atoms (`KernelDiversity`, a Gaussian kernel of one atom), in
+molecules of 18 atoms. What an atom is, is decided late: the predicted formula says little of that
+of the sample before t = 0.8. So the last half of the steps is tuned, through learned guidance in
+the span of the gradients of the three counts (`LearnedGuidance` with features), which serves the
+different first variation of every step of the descent.
+"""
+
+MERGING = """
+Molecules of 12 atoms. The *copy* is the model tuned for the energy above, by expected reward with
+a smaller weight of the KL; the *twin* the same network after 21 epochs, far worse. An intersection
+(1 - w) model & w copy is the geometric mean of their laws, and so the model tilted with w times
+what the copy was tilted with: its mean energy should be about (1 - w) times that of the model plus
+w times that of the copy, an intermediate energy that is chosen by w. By particles of both models
+(`FeynmanKac`), by averaged velocities, and as one model: a control problem that starts from the
+average, whose guidance learns what averaging misses. The union of model and twin makes molecules
+of both, half of each: stable atoms are the mean of theirs. By `Superposition` of both models, and
+as one network that samples of both were distilled into.
+"""

@@ -167,6 +167,30 @@ class Squares(Features):
         return torch.stack([x[:, 0] ** 2, x[:, 1], torch.ones_like(x[:, 0])], 1)
 
 
+def test_samples_of_an_untrained_guidance_cost_no_reward() -> None:
+    """While its gain is zero only training has a use for the reward's gradient."""
+    asked: list[int] = []
+
+    class Watched(nn.Module):
+        def __call__(self, x: Tensor) -> Tensor:
+            asked.append(len(x))
+            return x[:, 0]
+
+    plain = gaussian([0.0, 0.0]).flow(hidden=())
+    model = guided(plain, Differentiable(Watched()))
+    sampler = Sampler(EulerMaruyama(), 4)
+    found = sampler.sample(model, 3, seed=Seed(1))
+    assert torch.equal(found, sampler.sample(plain, 3, seed=Seed(1)))
+    assert not asked
+    model.endpoint(torch.randn(2, 2), torch.tensor(0.5)).sum().backward()
+    assert asked == [2]
+    with torch.no_grad():
+        for parameter in model.trainable.parameters():
+            parameter.fill_(0.1)
+    sampler.sample(model, 3, seed=Seed(1))
+    assert asked[1:] == [3] * 4
+
+
 def test_features_have_a_gain_each() -> None:
     """The correction is J_F(e)^T gain(t, F(e)), which training can differentiate."""
     x, t = torch.randn(5, 2), torch.full((5,), 0.4)

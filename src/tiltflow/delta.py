@@ -103,6 +103,8 @@ class Correction(Delta):
     def shift(
         self, x: Tensor, t: Tensor, cond: Cond | None, endpoint: Tensor | None = None
     ) -> Tensor | None:
+        if not torch.is_grad_enabled() and self.is_null():
+            return None  # untrained, and nobody asks for the gradient of what would be trained
         inputs = (x, t, cond) if self.takes_cond else (x, t)
         seen = {"endpoint": endpoint} if self.sees_endpoint else {}
         out = self.module(*inputs, **seen)

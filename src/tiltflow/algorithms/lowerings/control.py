@@ -18,7 +18,7 @@ from tiltflow.delta import Correction
 from tiltflow.density import FlowDensity, ModelScore
 from tiltflow.errors import CapabilityError, UnsupportedError
 from tiltflow.flow import ControlledProcess, FlowModel, freeze
-from tiltflow.kernel import LinearKernel
+from tiltflow.kernel import Auto, LinearKernel
 from tiltflow.matching import distil
 from tiltflow.operators import Contrast, Gate, Intersection
 from tiltflow.potential import ZERO, Potential, StepReward
@@ -43,13 +43,17 @@ def one_shot(job: Job) -> Lowered:
     so that the optimum is a flow although the problem has a running reward.
     """
     gate, start, settings, context = job.gate, job.start, job.settings, job.context
-    reference = calibrated(
-        _average(job), seed=context.seed.child("calibration"),
-        num_steps=settings.solver.sampler.num_steps, conditions=job.conditions,
-    )  # fmt: skip
+    reference, sampler = _average(job), settings.solver.sampler
+    if isinstance(sampler.kernel, Auto):
+        reference = calibrated(
+            reference, seed=context.seed.child("calibration"), num_steps=sampler.num_steps,
+            conditions=job.conditions,
+        )  # fmt: skip
     running = Disagreement(job.models, gate.shares, _kernel(job, reference), settings.until)
     terminal = ZERO if gate.reward is None else (1 / gate.total) * gate.reward
-    init = start.with_moments(reference.moments or ((), ())) if job.learned else None
+    init = start if job.learned else None
+    if init is not None and reference.moments is not None:
+        init = init.with_moments(reference.moments)
     problem = PathProblem(reference, terminal, running, job.conditions)
     solution = _solved(job, 0, problem, context, init)
     # The one problem with a running reward whose optimum is a flow, see above.

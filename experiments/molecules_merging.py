@@ -1,0 +1,150 @@
+"""Merging on the published model: with a copy tuned for energy, and with its weak twin."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import molecules_energy as energy
+import molecules_lab as lab
+import molecules_texts as texts
+import torch
+from molecules_lab import Setting
+from toys import Record, Store
+
+from tiltflow.algorithms import Averaging, FeynmanKac, Merging, Superposition, TrainingFree, merge
+from tiltflow.context import Context
+from tiltflow.flow import FlowModel
+from tiltflow.operators import Gate, Intersection, Prior, Union
+from tiltflow.seed import Seed
+from tiltflow.training import Training
+from tiltflow.types import Estimate
+
+SMALL = replace(energy.SMALL, fresh=256, bank=256)
+FULL = energy.FULL
+
+WEIGHT = 0.02
+"""Of the KL in the copy's training: 2.5 times as far from the model as the energy experiment."""
+
+SHARES = (0.25, 0.5, 0.75)
+"""Of the copy in the intersections without training; the trained one has a half."""
+
+MODEL, COPY, TWIN = Prior("model"), Prior("copy"), Prior("twin")
+
+
+@dataclass
+class Task:
+    """The models of one seed."""
+
+    chosen: Setting
+    seed: Seed
+
+    @functools.cached_property
+    def energy(self) -> energy.Task:
+        return energy.Task(self.chosen, self.seed)
+
+    @functools.cached_property
+    def parts(self) -> Mapping[str, FlowModel]:
+        """The model, its copy that is tuned for energy, and the same network long before."""
+        return {
+            "model": self.energy.plain,
+            "copy": energy.expected(self.energy, WEIGHT).model,
+            "twin": lab.edm(21).with_atoms(energy.ATOMS),
+        }
+
+    def told(self, name: str) -> Record:
+        return energy.told(self.energy, self.parts[name])
+
+    def drawn(self, by: TrainingFree, gate: Gate) -> Record:
+        """Of samples of a gate, nothing trained."""
+        drawn = by.draw(
+            gate, [self.parts[part.name] for part in gate.parts], self.chosen.fresh,
+            seed=self.seed.child("drawn"), sampler=self.energy.sampler,
+        )  # fmt: skip
+        molecules = lab.edm().layout.decode(drawn.bank.points)
+        return lab.reported(molecules, self.energy.points) | energy.energies(
+            self.energy, molecules
+        )
+
+    def merged(self, gate: Gate) -> Record:
+        """Of one model: an intersection by one control problem, from the average of its parts,
+        with a guidance of its own; a union by distilling samples into a copy of the network."""
+        settings = Merging(
+            solver=self.energy.solver(), sampler=self.energy.sampler, bank_size=self.chosen.bank,
+            batch_size=32, until=1.0,
+            training=Training(num_updates=self.chosen.bank, learning_rate=1e-4, ema=0.99),
+        )  # fmt: skip
+        start = self.parts["copy"] if COPY in gate.parts else None
+        found = merge(
+            gate, self.parts, settings=settings, start=start,
+            context=Context(self.seed.child("merge", str(gate))),
+        )  # fmt: skip
+        return energy.told(self.energy, found.model)
+
+
+def intersection(share: float) -> Intersection:
+    return Intersection(MODEL, COPY, weights=(1 - share, share))
+
+
+def free(share: float) -> str:
+    return f"{share:g} copy, `FeynmanKac`"
+
+
+COPIED, AVERAGED, ONE = "copy", "0.5 copy, `Averaging`", "0.5 copy, one model"
+BOTH, DISTILLED = "union with the twin, `Superposition`", "union with the twin, one model"
+METHODS: Mapping[str, Callable[[Task], Record]] = {
+    "model": lambda task: task.told("model"),
+    COPIED: lambda task: task.told("copy"),
+    **{
+        free(share): lambda task, share=share: task.drawn(
+            FeynmanKac(equal=True), intersection(share)
+        )
+        for share in SHARES
+    },
+    AVERAGED: lambda task: task.drawn(Averaging(), intersection(0.5)),
+    ONE: lambda task: task.merged(intersection(0.5)),
+    "twin": lambda task: task.told("twin"),
+    BOTH: lambda task: task.drawn(Superposition(), Union(MODEL, TWIN)),
+    DISTILLED: lambda task: task.merged(Union(MODEL, TWIN)),
+}
+
+
+def run(store: Store, seeds: Sequence[int], quick: bool) -> None:
+    """Parts, then gates, seed by seed."""
+    chosen = lab.setting(quick, SMALL, FULL)
+    for seed in seeds:
+        task = Task(chosen, Seed(seed).child("merging"))
+        for name, make in METHODS.items():
+            store.get(f"{chosen.name}/{name}/{seed}", lambda make=make, task=task: make(task))
+
+
+def section(store: Store) -> str:
+    """Tables of means over seeds, and how far gates are from what they should give."""
+    parts = lab.tables(store, tuple(METHODS), energy.TOLD, energy.HEADER)
+    names = dict.fromkeys(key.split("/")[0] for key in store.known)
+    lines = [f"`{name}`: {line}" for name in names for line in judged(store, name)]
+    return "\n".join([texts.MERGING.strip(), "", *parts, "\n\n".join(lines)]) if parts else ""
+
+
+def judged(store: Store, name: str) -> list[str]:
+    """Mean energies of intersections less the target between those of the parts, and shares of
+    stable atoms of unions less the average of the parts; means over seeds."""
+    targets = {free(share): ("mean", COPIED, share) for share in SHARES}
+    targets |= {label: ("mean", COPIED, 0.5) for label in (AVERAGED, ONE)}
+    targets |= {label: ("atom_stability", "twin", 0.5) for label in (BOTH, DISTILLED)}
+    lines = []
+    for label, (key, other, share) in targets.items():
+        found = [lab.by_seed(store, f"{name}/{n}/") for n in ("model", other, label)]
+        misses = torch.tensor(
+            [
+                made[key][0] - (1 - share) * first[key][0] - share * second[key][0]
+                for first, second, made in zip(*found, strict=False)
+            ]
+        )
+        if len(misses):
+            told = Estimate.of(misses)
+            error = f" ± {told.standard_error:.3f}" if told.count > 1 else ""
+            what = "mean energy" if key == "mean" else "share of stable atoms"
+            lines.append(f"{label}: {what} less its target {told.value:+.3f}{error}.")
+    return lines
