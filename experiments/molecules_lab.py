@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from toys import ROOT, Record, Store
+from toys import MODELS, Record, Store
 
 from tiltflow.adapters.edm import EDM, load_edm
 from tiltflow.errors import CheckpointError
@@ -22,7 +20,6 @@ from tiltflow.sample import Sampler, step_kl
 from tiltflow.seed import Seed
 from tiltflow.types import Cond, Conditions, index_cond
 
-MODELS = Path(os.environ.get("TILTFLOW_MODELS", ROOT.parent / "shared" / "models"))
 FOLDER = MODELS / "edm_qm9_small"
 
 BATCH = 64

@@ -64,24 +64,25 @@ class LearnedGuidance(nn.Module):
         self, x: Tensor, t: Tensor, cond: Cond | None = None, *, endpoint: Tensor | None = None
     ) -> Tensor:
         """(B, *event), (B,) -> (B, *event); ``endpoint`` is that of the frozen model, if known."""
+        value, direction = x.new_zeros(len(t)), torch.zeros_like(x)
         late = (t >= self.since).nonzero()[:, 0]
-        if len(late) == len(t):
-            return self._pull(x, t, cond, endpoint)
-        out = torch.zeros_like(x)
-        if len(late) == 0:  # zero with a graph: training may ask for its gradient
-            gain: Tensor = self.gain(x.new_zeros(len(t), 1), t)
-            return out + 0.0 * gain.sum()
-        seen = None if endpoint is None else endpoint[late]
-        return out.index_copy(0, late, self._pull(x[late], t[late], index_cond(cond, late), seen))
+        if len(late):
+            seen = None if endpoint is None else endpoint[late]
+            found = self._found(x[late], t[late], index_cond(cond, late), seen)
+            value[late], direction[late] = (each.to(x) for each in found)
+        # Of all rows, so that training may ask for a gradient where there are no late ones.
+        gain: Tensor = self.gain(value[:, None], t)
+        return expand_as(gain[:, 0], x) * direction
 
-    def _pull(self, x: Tensor, t: Tensor, cond: Cond | None, endpoint: Tensor | None) -> Tensor:
+    def _found(
+        self, x: Tensor, t: Tensor, cond: Cond | None, endpoint: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Value and gradient of the reward at the end point of the frozen model."""
         model, reward = self._shared
         if endpoint is None:
             with torch.no_grad():
                 endpoint = model.frozen_endpoint(x.detach(), t, cond)
-        value, direction = reward.value_and_grad(endpoint.detach(), cond)
-        gain: Tensor = self.gain(value[:, None], t)
-        return expand_as(gain[:, 0], x) * direction
+        return reward.value_and_grad(endpoint.detach(), cond)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LearnedGuidance:
         other = LearnedGuidance.__new__(LearnedGuidance)
