@@ -28,6 +28,7 @@ from tiltflow.rewards import Standardised, XTBEnergy
 from tiltflow.rewards.single_points import SinglePoints
 from tiltflow.sample import Sampler
 from tiltflow.seed import Seed
+from tiltflow.single_point import HARTREE_KCAL
 from tiltflow.solvers import AdjointMatching
 from tiltflow.training import Training
 from tiltflow.types import Estimate
@@ -58,9 +59,6 @@ ITERATIONS = 2
 
 CLOSE = 0.15
 """Relative difference of path KLs that are called equal; at most three trainings are made."""
-
-KCAL = 627.509
-"""kcal/mol per Hartree."""
 
 TAILS = ("FDC", "TFFT")
 EQUAL = {f"expected reward at the KL of {name}": name for name in TAILS}
@@ -199,12 +197,12 @@ def told(task: Task, model: FlowModel | None) -> Record:
 def energies(task: Task, molecules: Molecules) -> Record:
     """Minus formation energies in kcal/mol per atom: mean, mean of the best fifth, spread."""
     found = formation_energies(molecules, task.points)
-    rewards = -KCAL * found[found.isfinite()]
+    rewards = -HARTREE_KCAL * found[found.isfinite()]
     mean, tail = Estimate.of(rewards), right_cvar(rewards, LEVEL)
     return {
         "mean": [mean.value, mean.standard_error],
         "tail": [tail.value, tail.standard_error],
-        "spread": [KCAL * task.reward.std, 0.0],
+        "spread": [HARTREE_KCAL * task.reward.std, 0.0],
     }
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from toys import ROOT, Record, Store
+from toys import MODELS, Record, Store
 
 from tiltflow.adapters.edm import EDM, load_edm
 from tiltflow.errors import CheckpointError
@@ -20,9 +18,8 @@ from tiltflow.molecules import Molecules
 from tiltflow.rewards.single_points import SinglePoints
 from tiltflow.sample import Sampler, step_kl
 from tiltflow.seed import Seed
-from tiltflow.types import Cond, Conditions, index_cond
+from tiltflow.types import Conditions, cond_to, drawn_cond, index_cond
 
-MODELS = Path(os.environ.get("TILTFLOW_MODELS", ROOT.parent / "shared" / "models"))
 FOLDER = MODELS / "edm_qm9_small"
 
 BATCH = 64
@@ -91,7 +88,7 @@ def measured(
 
     Every model is given the same noise and the same numbers of atoms.
     """
-    cond = None if conditions is None else conditions.draw(count, seed.child("cond"))
+    cond = drawn_cond(conditions, count, seed.child("cond"))
     sampler, ends, kls = Sampler(Ancestral(), steps), [], []
     for start in range(0, count, BATCH):
         size = min(BATCH, count - start)
@@ -101,7 +98,7 @@ def measured(
         kls.append(torch.zeros(size))
         if model is not reference:
             kls[-1] = step_kl(model, reference, Ancestral(), path, own=True)[0].cpu()
-    molecules = edm().layout.decode(torch.cat(ends).cpu(), on_cpu(cond))
+    molecules = edm().layout.decode(torch.cat(ends).cpu(), cond_to(cond, "cpu"))
     kl = torch.cat(kls).double()
     path_kl = [float(kl.mean()), float(kl.std()) / count**0.5]
     return reported(molecules, points) | {"path_kl": path_kl}, molecules
@@ -114,13 +111,6 @@ def reported(molecules: Molecules, points: SinglePoints | None = None) -> Record
         for name, found in molecule_report(molecules, points=points).items()
         if "[" not in name
     }
-
-
-def on_cpu(cond: Cond | None) -> Cond | None:
-    """The same, where pictures and tables are made."""
-    if cond is None:
-        return None
-    return {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in cond.items()}
 
 
 def row(label: str, told: Mapping[str, list[float]], names: Mapping[str, int]) -> str:

@@ -25,7 +25,6 @@ from rfm_images_lab import (
     CPU,
     DATA,
     FULL,
-    MODELS,
     PARTS,
     PREFERRED,
     QUICK,
@@ -34,7 +33,7 @@ from rfm_images_lab import (
 from rfm_images_page import COLUMNS, TITLES, draw, section
 from rfm_images_taught import taught
 from torch import Tensor
-from toys import ROOT, Record, Store
+from toys import MODELS, ROOT, Record, Store
 
 from tiltflow.adapters.checkpoint import load_tensors
 from tiltflow.adapters.ddpm_images import pixels_of_centred

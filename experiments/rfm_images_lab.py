@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import functools
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from rfm_images_judges import Judges, discriminator, in_batches, real_digits
 from torch import Tensor
-from toys import ROOT, Store
+from toys import MODELS, Store
 
 from tiltflow.adapters.checkpoint import load_tensors, save_tensors
 from tiltflow.adapters.ddpm_images import load_mnist_classifier, load_unet, pixels_of_centred
@@ -23,7 +21,6 @@ from tiltflow.operators import circuit
 from tiltflow.sample import Sampler
 from tiltflow.seed import Seed
 
-MODELS = Path(os.environ.get("TILTFLOW_MODELS", ROOT.parent / "shared" / "models"))
 DATA = MODELS.parent / "data"
 
 CLASSIFIER = MODELS / "mnist_classifier" / "model.safetensors"

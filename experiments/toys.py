@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,9 @@ from tiltflow.seed import Seed
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
+
+MODELS = Path(os.environ.get("TILTFLOW_MODELS", ROOT.parent / "shared" / "models"))
+"""One folder per published model: they are too large for the repository."""
 
 Record = dict[str, Any]
 """Measured numbers of one model, as JSON holds them."""

@@ -18,6 +18,7 @@ pytest.importorskip("tblite")
 import molecules
 import molecules_energy
 import molecules_lab as lab
+import molecules_merging
 import molecules_validity
 from toys import Store
 
@@ -37,7 +38,7 @@ def test_means_over_seeds_have_their_spread_as_error() -> None:
 
 
 def test_a_table_tells_everything_together(tmp_path: Path) -> None:
-    told = {name: [0.5, 0.25] for name in lab.TOLD}
+    told = {name: [0.5, 0.25] for name in molecules_validity.TOLD}
     found = store(
         tmp_path / "validity.json",
         {"cpu/pre-trained/0": told, "cpu/expected reward/0": told, "cpu/expected reward/1": told},
@@ -51,20 +52,37 @@ def test_a_table_tells_everything_together(tmp_path: Path) -> None:
 
 def test_gains_in_the_tail_are_compared_seed_by_seed(tmp_path: Path) -> None:
     """5 and 6 against 4 and 3: 2 with the error sqrt(2) / sqrt(2)."""
-    tails = {"FDC": (5.0, 6.0), molecules_energy.METHODS[3]: (4.0, 3.0)}
+    equal = next(iter(molecules_energy.EQUAL))
+    tails = {molecules_energy.EQUAL[equal]: (5.0, 6.0), equal: (4.0, 3.0)}
     results = {
-        f"cpu/{method}/{seed}": {"tail": [value, 0.1], "mean": [1.0, 0.1]}
+        f"cpu/{method}/{seed}": {"tail": [value, 0.1], "mean": [1.0, 0.1], "valid": [0.5, 0.1]}
         for method, values in tails.items()
         for seed, value in enumerate(values)
     }
     text = molecules_energy.section(store(tmp_path / "energy.json", results))
-    assert "under FDC less that under expected reward at the same KL: 2.00 ± 1.00" in text
-    assert "under TFFT" not in text
+    assert f"FDC less {equal}: best fifth +2.00 ± 1.00, mean +0.00 ± 0.00" in text
+    assert "TFFT less" not in text
+
+
+def test_merged_models_are_judged_by_their_targets(tmp_path: Path) -> None:
+    """A quarter of the way from 140 to 148 is 142; half of the way from 0.8 to 0.4 is 0.6."""
+    values = {
+        "model": (140.0, 0.8), "copy": (148.0, 0.8), "twin": (100.0, 0.4),
+        molecules_merging.free(0.25): (142.5, 0.8), molecules_merging.BOTH: (120.0, 0.5),
+    }  # fmt: skip
+    results = {
+        f"cpu/{name}/0": {"mean": [mean, 0.1], "atom_stability": [stable, 0.1]}
+        for name, (mean, stable) in values.items()
+    }
+    text = molecules_merging.section(store(tmp_path / "merging.json", results))
+    assert "0.25 copy, `FeynmanKac`: mean energy less its target +0.500." in text
+    assert "`Superposition`: share of stable atoms less its target -0.100." in text
+    assert "one model: mean energy" not in text  # not run
 
 
 @pytest.mark.slow
 @published("edm_qm9_small")
-@pytest.mark.parametrize("name", ["pretrained", "validity"])
+@pytest.mark.parametrize("name", ["pretrained", "validity", "diversity"])
 def test_smoke_runs_write_their_page_and_are_not_done_twice(name: str, tmp_path: Path) -> None:
     arguments = [name, "--seeds", "1", "--quick", "--out", str(tmp_path)]
     molecules.main(arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,23 +30,26 @@ tables of the stability metric of EDM (Hoogeboom et al., 2022, appendix E)."""
 MARGINS = (10, 5, 3)
 """In pm: a bond may be so much longer than its typical length."""
 
+NEVER = -1e3
+"""Angstrom: the reach of a bond that there is not; finite, so that one can calculate with it."""
+
+NEARLY_ZERO = 1e-6
+"""Angstrom: two atoms in one place have no direction, and no NaN either."""
+
 RDKIT = "RDKit is needed for this: pip install 'tiltflow[molecules]'."
-NO_RDKIT = "RDKit is not installed"
-"""Why ``perceived_where_known`` knows nothing."""
 
 
-def reach(elements: Sequence[int], missing: float = -torch.inf) -> Tensor:
+def reach(elements: Sequence[int]) -> Tensor:
     """Below which distance a bond of order 1, 2 and 3 is seen, (3, E, E), in Angstrom.
 
     Args:
         elements: atomic numbers, E of them.
-        missing: what stands where there is no such bond.
 
     Raises:
         UnsupportedError: for an element without a table: all but H, C, N, O and F.
     """
     require_tables(elements)
-    out = torch.full((3, len(elements), len(elements)), missing, dtype=torch.float64)
+    out = torch.full((3, len(elements), len(elements)), NEVER, dtype=torch.float64)
     for order, (table, margin) in enumerate(zip(LENGTHS, MARGINS, strict=True)):
         for i, a in enumerate(elements):
             for j, b in enumerate(elements):
@@ -65,6 +69,12 @@ def require_tables(elements: Sequence[int]) -> None:
         )
 
 
+def distances(positions: Tensor) -> Tensor:
+    """Of all atoms, (B, N, 3) -> (B, N, N), with a gradient even where two are in one place."""
+    offset = positions[:, :, None] - positions[:, None]
+    return (offset.square().sum(-1) + NEARLY_ZERO**2).sqrt()
+
+
 def bond_orders(molecules: Molecules) -> Tensor:
     """Orders of the bonds, (B, N, N) of int64, 0 for none, by EDM's rule::
 
@@ -79,10 +89,7 @@ def bond_orders(molecules: Molecules) -> Tensor:
     positions = molecules.positions.double()
     d = (positions[:, :, None] - positions[:, None]).norm(dim=-1)
     limits = reach(elements).to(d.device)[:, index[:, :, None], index[:, None]]
-    mask = molecules.mask
-    pairs = mask[:, :, None] & mask[:, None]
-    pairs = pairs & ~torch.eye(mask.shape[1], dtype=torch.bool, device=d.device)
-    orders: Tensor = (d < limits).sum(0) * pairs
+    orders: Tensor = (d < limits).sum(0) * molecules.pairs
     return orders
 
 
@@ -108,6 +115,17 @@ def stable_atoms(molecules: Molecules) -> Tensor:
     return (found == due) & molecules.mask
 
 
+def has_rdkit() -> bool:
+    """Whether RDKit is installed."""
+    return importlib.util.find_spec("rdkit") is not None
+
+
+def require_rdkit() -> None:
+    """Raise ``CapabilityError`` where RDKit is not installed."""
+    if not has_rdkit():
+        raise CapabilityError(RDKIT)
+
+
 def perceived(molecules: Molecules) -> list[Any | None]:
     """RDKit's molecule of each, with the bonds of ``bond_orders``; ``None`` where invalid.
 
@@ -119,10 +137,9 @@ def perceived(molecules: Molecules) -> list[Any | None]:
         CapabilityError: if RDKit is not installed.
         UnsupportedError: for elements other than H, C, N, O and F.
     """
-    try:
-        from rdkit import rdBase
-    except ImportError as error:
-        raise CapabilityError(RDKIT) from error
+    require_rdkit()
+    from rdkit import rdBase
+
     orders = bond_orders(molecules).cpu()
     finite = molecules.positions.isfinite().all(-1) | ~molecules.mask
     usable = (finite.all(1) & molecules.mask.any(1)).tolist()
@@ -142,13 +159,12 @@ def perceived_where_known(molecules: Molecules) -> list[tuple[Any | None, str]]:
         RDKit's molecule of each and "", or ``None`` and why: "invalid", "element without known
         bond lengths", "RDKit is not installed".
     """
+    if not has_rdkit():
+        return [(None, "RDKit is not installed")] * len(molecules)
     strange = ~torch.isin(molecules.numbers, torch.tensor([0, *VALENCIES]).to(molecules.numbers))
     known = ~strange.any(1)
     why = ["invalid" if fine else "element without known bond lengths" for fine in known.tolist()]
-    try:
-        found = iter(perceived(Molecules(molecules.positions[known], molecules.numbers[known])))
-    except CapabilityError:
-        return [(None, NO_RDKIT)] * len(molecules)
+    found = iter(perceived(molecules.chosen(known.nonzero()[:, 0])))
     each = [next(found) if fine else None for fine in known.tolist()]
     return [(m, reason if m is None else "") for m, reason in zip(each, why, strict=True)]
 
@@ -203,12 +219,16 @@ def smiles(molecule: Any | None) -> str | None:
 __all__ = [
     "LENGTHS",
     "MARGINS",
+    "RDKIT",
     "VALENCIES",
     "bond_orders",
     "connected",
+    "distances",
+    "has_rdkit",
     "perceived",
     "perceived_where_known",
     "reach",
+    "require_rdkit",
     "require_tables",
     "smiles",
     "stable_atoms",

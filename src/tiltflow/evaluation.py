@@ -14,7 +14,7 @@ from tiltflow.errors import CapabilityError, UnsupportedError
 from tiltflow.flow import FlowModel
 from tiltflow.metrics import left_cvar, reward, right_cvar, shares
 from tiltflow.metrics.molecules import molecule_report
-from tiltflow.molecules import Layout
+from tiltflow.molecules import Molecules
 from tiltflow.potential import Potential
 from tiltflow.rewards.single_points import SinglePoints
 from tiltflow.sample import Sampler, step_kl
@@ -159,14 +159,14 @@ def class_shares(labels: Tensor, names: Sequence[str]) -> dict[str, Estimate]:
 
 
 def of_molecules(
-    layout: Layout, points: Tensor, cond: Cond | None, energies: SinglePoints | None = None
+    molecules: Molecules, energies: SinglePoints | None = None
 ) -> tuple[dict[str, Estimate], str]:
     """``metrics.molecule_report`` of samples, as ``molecules.*``, or none and why.
 
     A finished run is not given up because RDKit is missing, or an element unknown to the metrics.
     """
     try:
-        found = molecule_report(layout.decode(points, cond), points=energies)
+        found = molecule_report(molecules, points=energies)
     except (CapabilityError, UnsupportedError) as error:
         return {}, str(error)
     return {f"molecules.{name}": estimate for name, estimate in found.items()}, ""

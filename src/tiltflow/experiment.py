@@ -15,7 +15,7 @@ from tiltflow.density import FlowDensity
 from tiltflow.errors import ConfigError
 from tiltflow.flow import freeze
 from tiltflow.functional import Functional
-from tiltflow.kernel import Auto, Kernel
+from tiltflow.kernel import Auto
 from tiltflow.merge_tables import MergeExperiment
 from tiltflow.models import Model, Pretrained
 from tiltflow.potential import Potential
@@ -103,9 +103,9 @@ def prepare(tree: Table, device: torch.device | None = None) -> Plan:
     algorithm: MirrorDescent | TailAware = tree.fields["algorithm"].build({})
     sampler = getattr(solver, "sampler", None) or Sampler()
     root = Seed(int(tree.plain["seed"])).child("models")
-    loaded = load_models(recipes, device)
-    if Auto in _kernels(tree, sampler):
-        loaded = {n: measured(each, sampler, root.child(n)) for n, each in loaded.items()}
+    evaluation: Sampler = tree.fields["evaluate"].children()["sampler"].build({})
+    samplers = sampler, evaluation
+    loaded = measured(load_models(recipes, device), samplers, sampler.num_steps, root)
     scope = {
         name: algorithm.density(each.model, sampler, root.child(name), each.conditions)
         for name, each in loaded.items()
@@ -120,12 +120,6 @@ def prepare(tree: Table, device: torch.device | None = None) -> Plan:
     elif not plan.planned:
         algorithm.schedule_of_rates(experiment.objective.weight)
     return plan
-
-
-def _kernels(tree: Table, sampler: Sampler) -> set[type[Kernel]]:
-    """Of all samplers of a run."""
-    evaluation: Sampler = tree.fields["evaluate"].children()["sampler"].build({})
-    return {type(sampler.kernel), type(evaluation.kernel)}
 
 
 def _reward(experiment: Experiment) -> Potential:
@@ -156,17 +150,23 @@ def load_models(
     return loaded
 
 
-def measured(pretrained: Pretrained, sampler: Sampler, seed: Seed) -> Pretrained:
-    """A model with its moments, which the kernel ``Auto`` needs.
+def measured(
+    loaded: Mapping[str, Pretrained], samplers: Sequence[Sampler], num_steps: int, seed: Seed
+) -> Mapping[str, Pretrained]:
+    """Models with their moments, where one of a run's samplers has the kernel ``Auto``.
 
     They are measured once, so that every part of a run has the same. Were it left to the first
     training, a continued run would measure them elsewhere.
     """
-    model = calibrated(
-        pretrained.model, seed=seed.child("calibration"), num_steps=sampler.num_steps,
-        conditions=pretrained.conditions,
-    )  # fmt: skip
-    return replace(pretrained, model=model)
+    if not any(isinstance(sampler.kernel, Auto) for sampler in samplers):
+        return loaded
+    return {
+        name: replace(each, model=calibrated(
+            each.model, seed=seed.child(name, "calibration"), num_steps=num_steps,
+            conditions=each.conditions,
+        ))
+        for name, each in loaded.items()
+    }  # fmt: skip
 
 
 def _placed(pretrained: Pretrained, device: torch.device | None) -> Pretrained:

@@ -7,20 +7,19 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tiltflow.bonds import (
-    NO_RDKIT,
     RDKIT,
     connected,
+    has_rdkit,
     perceived_where_known,
     smiles,
     stable_atoms,
 )
 from tiltflow.html_page import number, page, section, table
-from tiltflow.molecule_pictures import balls_and_sticks, drawing, formula
-from tiltflow.molecules import Molecules
+from tiltflow.molecule_pictures import balls_and_sticks, drawing
+from tiltflow.molecules import Molecules, formula
 from tiltflow.recorder import plain_json
 from tiltflow.types import Estimate
 
@@ -95,7 +94,7 @@ def cards(molecules: Molecules, rewards: Tensor | None = None) -> list[str]:
     ):
         drawn = drawing(molecule) or ""
         poor, state = _state(molecules, i, molecule, why)
-        name = re.sub(r"(\d+)", r"<sub>\1</sub>", formula(molecules[i][0]))
+        name = re.sub(r"(\d+)", r"<sub>\1</sub>", formula(molecules[i][0].tolist()))
         words = [f"<b>{name or 'empty'}</b>", state]
         if rewards is not None:
             words.insert(1, f"reward {float(rewards[i]):.4g}")
@@ -115,22 +114,15 @@ def _state(molecules: Molecules, i: int, molecule: Any | None, why: str) -> tupl
         from rdkit import Chem
 
         return True, f"{len(Chem.GetMolFrags(molecule))} pieces"
-    alone = Molecules(molecules.positions[i : i + 1], molecules.numbers[i : i + 1])
+    alone = molecules.chosen([i])
     off = int((~stable_atoms(alone) & alone.mask).sum())
     return False, "stable" if off == 0 else f"valid, {off} atom{'s' if off > 1 else ''} off"
 
 
-def legend(molecules: Molecules) -> str:
+def legend() -> str:
     """What cards show."""
-    known = [why for _, why in perceived_where_known(chosen(molecules, range(1)))]
     missing = f"<b>{RDKIT}</b> Without it there are no drawings."
-    return f'<p class="soft">{LEGEND}{missing if known == [NO_RDKIT] else ""}</p>'
-
-
-def chosen(molecules: Molecules, index: Tensor | Sequence[int]) -> Molecules:
-    """Some molecules of a batch."""
-    which = torch.as_tensor(index, dtype=torch.long)
-    return Molecules(molecules.positions[which], molecules.numbers[which])
+    return f'<p class="soft">{LEGEND}{"" if has_rdkit() else missing}</p>'
 
 
 def grid(every: Sequence[str]) -> str:
@@ -154,11 +146,11 @@ def gallery_page(
         numbers: ``molecules.*`` of them.
         note: why there are no numbers.
     """
-    first = chosen(molecules, range(min(SHOWN, len(molecules))))
+    first = molecules.chosen(range(min(SHOWN, len(molecules))))
     told = metrics_table({"all": plain_json(numbers)}, {"all": f"{len(molecules)} samples"}, note)
     shown = f"The first {len(first)} of {len(molecules)}"
     if rewards is not None:
         mean = Estimate.of(rewards)
         told = f"<p>Mean reward {number(plain_json(mean))}.</p>{told}"
-    body = section(shown, legend(first), grid(cards(first, rewards)))
+    body = section(shown, legend(), grid(cards(first, rewards)))
     return page(title, [f"<h1>{html.escape(title)}</h1>", section("Together", told), body])

@@ -69,28 +69,29 @@ class LearnedGuidance(nn.Module):
         self, x: Tensor, t: Tensor, cond: Cond | None = None, *, endpoint: Tensor | None = None
     ) -> Tensor:
         """(B, *event), (B,) -> (B, *event); ``endpoint`` is that of the frozen model, if known."""
+        values = x.new_zeros(len(t), self.size)
+        directions = x.new_zeros(len(t), self.size, *x.shape[1:])
         late = (t >= self.since).nonzero()[:, 0]
-        if len(late) == len(t):
-            return self._pull(x, t, cond, endpoint)
-        out = torch.zeros_like(x)
-        if len(late) == 0:  # zero with a graph: training may ask for its gradient
-            gain: Tensor = self.gain(x.new_zeros(len(t), self.size), t)
-            return out + 0.0 * gain.sum()
-        seen = None if endpoint is None else endpoint[late]
-        return out.index_copy(0, late, self._pull(x[late], t[late], index_cond(cond, late), seen))
+        if len(late):
+            seen = None if endpoint is None else endpoint[late]
+            found = self._found(x[late], t[late], index_cond(cond, late), seen)
+            values[late], directions[late] = (each.to(x) for each in found)
+        # Of all rows, so that training may ask for a gradient where there are no late ones.
+        gains: Tensor = self.gain(values, t)
+        return (expand_as(gains, directions) * directions).sum(1)
 
-    def _pull(self, x: Tensor, t: Tensor, cond: Cond | None, endpoint: Tensor | None) -> Tensor:
+    def _found(
+        self, x: Tensor, t: Tensor, cond: Cond | None, endpoint: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(B, size) values at the end point of the frozen model, (B, size, *event) gradients."""
         model, along = self._shared
         if endpoint is None:
             with torch.no_grad():
                 endpoint = model.frozen_endpoint(x.detach(), t, cond)
-        if isinstance(along, Potential):
-            value, direction = along.value_and_grad(endpoint.detach(), cond)
-            values, directions = value[:, None], direction[:, None]
-        else:
-            values, directions = along.value_and_jacobian(endpoint.detach(), cond)
-        gains: Tensor = self.gain(values.to(x), t)
-        return (expand_as(gains, directions) * directions.to(x)).sum(1)
+        if isinstance(along, Features):
+            return along.value_and_jacobian(endpoint.detach(), cond)
+        value, direction = along.value_and_grad(endpoint.detach(), cond)
+        return value[:, None], direction[:, None]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LearnedGuidance:
         other = LearnedGuidance.__new__(LearnedGuidance)

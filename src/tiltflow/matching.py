@@ -15,7 +15,7 @@ from tiltflow.errors import ConfigError, UnsupportedError
 from tiltflow.flow import ControlledProcess, FlowModel, Prediction, device_of, unfreeze
 from tiltflow.sample import Sampler
 from tiltflow.training import Training, optimise
-from tiltflow.types import Cond, Conditions, expand_as, index_cond
+from tiltflow.types import Cond, Conditions, cond_to, drawn_cond, expand_as, index_cond
 
 BLUNT = 0.02
 """Bounds the weight of end points near the data."""
@@ -59,7 +59,8 @@ class MatchingLoss:
 
     def _mean(self, generator: torch.Generator) -> Tensor:
         x1, cond = self._draw(generator)
-        x0 = self.model.space.noise(len(x1), generator, _to_cpu(cond), x1.dtype).to(x1.device)
+        noise = self.model.space.noise(len(x1), generator, cond_to(cond, "cpu"), x1.dtype)
+        x0 = noise.to(x1.device)
         t = torch.rand(len(x1), generator=generator, dtype=x1.dtype).to(x1.device)
         with self.context.backend.autocast():
             error = self._error(x0, x1, t, cond)
@@ -82,7 +83,7 @@ class MatchingLoss:
         points = self.bank.points[index.to(self.bank.points.device)]
         device = device_of(self.model)
         cond = index_cond(self.bank.cond, index)
-        return points.to(device), None if cond is None else _to(cond, device)
+        return points.to(device), cond_to(cond, device)
 
     def _error(self, x0: Tensor, x1: Tensor, t: Tensor, cond: Cond | None) -> Tensor:
         """Prediction minus target, (B, *event)."""
@@ -177,17 +178,9 @@ def distil(
         a new ``FlowModel``.
     """
     seed = context.seed.child("samples")
-    cond = None if conditions is None else conditions.draw(count, seed.child("cond"))
+    cond = drawn_cond(conditions, count, seed)
     samples = sampler.sample(process, count, seed=seed, cond=cond)
     flow = model.clone()
     bank = Bank.equal(samples, cond)
     fit_flow(flow, bank, settings, context.child("fit"), batch_size=batch_size)
     return flow
-
-
-def _to(cond: Cond, device: torch.device | str) -> Cond:
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in cond.items()}
-
-
-def _to_cpu(cond: Cond | None) -> Cond | None:
-    return None if cond is None else _to(cond, "cpu")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tiltflow.bonds import VALENCIES, bond_orders, stable_atoms
-from tiltflow.molecules import SYMBOLS, Molecules
+from tiltflow.molecules import Molecules, formula
 
 WIDTH, HEIGHT, MARGIN = 168.0, 138.0, 9.0
 LARGEST_SCALE = 30.0
@@ -73,7 +73,7 @@ def balls_and_sticks(molecules: Molecules, *, standalone: bool = False) -> list[
 
 def _picture(molecules: Molecules, i: int, standalone: bool) -> str:
     numbers, positions = (part.detach().cpu() for part in molecules[i])
-    name = formula(numbers)
+    name = formula(numbers.tolist())
     if len(numbers) == 0:
         return _svg(_text("no atoms"), "no atoms", standalone)
     if not bool(positions.isfinite().all()):
@@ -245,14 +245,6 @@ def _mixed(colour: str, other: str, share: float) -> str:
     return "#" + bytes(round((1 - share) * x + share * y) for x, y in zip(a, b, strict=True)).hex()
 
 
-def formula(numbers: Tensor) -> str:
-    """Hill's order: carbon, hydrogen, then by alphabet; without carbon all by alphabet."""
-    symbols = [SYMBOLS[z] for z in numbers.tolist()]
-    first = [s for s in ("C", "H") if "C" in symbols and s in symbols]
-    names = first + sorted({*symbols} - {*first})
-    return "".join(f"{s}{symbols.count(s) if symbols.count(s) > 1 else ''}" for s in names)
-
-
 def drawing(molecule: Any | None) -> str | None:
     """RDKit's drawing of a molecule of ``bonds.perceived``, without its hydrogens, as SVG.
 
@@ -282,4 +274,4 @@ def drawing(molecule: Any | None) -> str | None:
     return _svg(body, Chem.MolToSmiles(flat), standalone=False)
 
 
-__all__ = ["balls_and_sticks", "drawing", "formula", "oriented"]
+__all__ = ["balls_and_sticks", "drawing", "oriented"]

@@ -49,6 +49,17 @@ class Molecules:
         """(B, N), which rows are atoms."""
         return self.numbers > 0
 
+    @property
+    def pairs(self) -> Tensor:
+        """(B, N, N), which pairs of rows are two different atoms."""
+        same = torch.eye(self.mask.shape[1], dtype=torch.bool, device=self.mask.device)
+        return self.mask[:, :, None] & self.mask[:, None] & ~same
+
+    def chosen(self, index: Tensor | Sequence[int]) -> Molecules:
+        """Some of them."""
+        which = torch.as_tensor(index, dtype=torch.long)
+        return Molecules(self.positions[which], self.numbers[which])
+
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         """Atomic numbers (n,) and positions (n, 3) in Angstrom of one molecule, no padding."""
         atoms = self.mask[i]
@@ -166,3 +177,11 @@ class ElementCounts(Features):
     def _value(self, x: Tensor, cond: Cond | None) -> Tensor:
         columns = [3 + self.layout.elements.index(z) for z in self.elements]
         return x[..., columns].sum(1) / self.layout.one_hot
+
+
+def formula(numbers: Sequence[int]) -> str:
+    """Hill's order: carbon, hydrogen, then by alphabet; without carbon all by alphabet."""
+    symbols = [SYMBOLS[z] for z in numbers]
+    first = [s for s in ("C", "H") if "C" in symbols and s in symbols]
+    names = first + sorted({*symbols} - {*first})
+    return "".join(f"{s}{symbols.count(s) if symbols.count(s) > 1 else ''}" for s in names)

@@ -38,8 +38,10 @@ def write_report(directory: RunDirectory) -> Path:
     if "circuit" in data:
         text = merge_page(directory, data, records, environment)
     else:
-        samples = read_samples(directory, list(data["numbers"]))
-        text = render(data, samples, records, environment, read_all(directory, data))
+        names = list(data["numbers"])
+        samples = read_samples(directory, names)
+        molecules = read_all(directory, data, {name: name for name in names})
+        text = render(data, samples, records, environment, molecules)
     write_atomic(directory.html, text.encode())
     return directory.html
 

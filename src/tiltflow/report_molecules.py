@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tiltflow.gallery import cards, chosen, grid, legend, metrics_table
+from tiltflow.gallery import cards, grid, legend, metrics_table
 from tiltflow.html_page import section
 from tiltflow.molecules import Layout, Molecules
 from tiltflow.rundir import RunDirectory
@@ -18,18 +18,24 @@ PAIRS, TAIL = 8, 6
 """How many samples are shown of the same noise, and of the worst and the best of each model."""
 
 
-def read_all(directory: RunDirectory, data: Mapping[str, Any]) -> dict[str, Molecules]:
-    """The kept molecules of each model; none where samples are something else."""
-    if not data.get("layout"):
+def read_all(
+    directory: RunDirectory, data: Mapping[str, Any], files: Mapping[str, str]
+) -> dict[str, Molecules]:
+    """The kept molecules of each model; none where samples are something else.
+
+    Args:
+        directory: of the run.
+        data: the report, which has their layout as a table.
+        files: of each model, the name of its samples.
+    """
+    table = data.get("layout")
+    if not table:
         return {}
-    layout = layout_of(data["layout"])
-    names = data["numbers"]
-    return {n: read_molecules(directory.samples / f"{n}.safetensors", layout) for n in names}
-
-
-def layout_of(table: Mapping[str, Any]) -> Layout:
-    """The layout that ``report.json`` has as a table."""
-    return Layout(**{**table, "elements": tuple(table["elements"])})
+    layout = Layout(**{**table, "elements": tuple(table["elements"])})
+    return {
+        name: read_molecules(directory.samples / f"{file}.safetensors", layout)
+        for name, file in files.items()
+    }
 
 
 def molecules_sections(
@@ -46,8 +52,6 @@ def molecules_sections(
         rewards: of each model, of all samples.
         titles: what the models are called.
     """
-    if not molecules:
-        return ""
     names = {m: titles[m] for m in molecules}
     told = metrics_table(data["numbers"], names, data.get("molecule_note"))
     failed = [f"{html.escape(why)}: {n}" for why, n in data.get("xtb_failures", {}).items()]
@@ -57,7 +61,7 @@ def molecules_sections(
     )
     return (
         section("Molecules", told)
-        + section("Molecules from the same noise", legend(molecules["pretrained"]),
+        + section("Molecules from the same noise", legend(),
                   _pairs(molecules, rewards, names))
         + section("The worst and the best molecules", tails)
     )  # fmt: skip
@@ -68,7 +72,7 @@ def _pairs(
 ) -> str:
     """A column for each model, a row for each noise: the first samples, not picked."""
     count = min(PAIRS, *(len(each) for each in molecules.values()))
-    columns = [cards(chosen(each, range(count)), rewards[m]) for m, each in molecules.items()]
+    columns = [cards(each.chosen(range(count)), rewards[m]) for m, each in molecules.items()]
     head = "".join(f"<th>{names[m]}</th>" for m in molecules)
     rows = "".join(
         f"<tr>{''.join(f'<td>{column[i]}</td>' for column in columns)}</tr>" for i in range(count)
@@ -81,6 +85,6 @@ def _tails(molecules: Molecules, rewards: Tensor) -> str:
     count = min(TAIL, max(1, len(order) // 2))
     worst, best = order[:count], order.flip(0)[:count]
     return "".join(
-        f'<p class="soft">{told}</p>{grid(cards(chosen(molecules, i), rewards[i]))}'
+        f'<p class="soft">{told}</p>{grid(cards(molecules.chosen(i), rewards[i]))}'
         for told, i in (("Lowest rewards", worst), ("Highest rewards", best))
     )

@@ -7,8 +7,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
 from tiltflow.adapters.checkpoint import save_tensors
 from tiltflow.density import Empirical
 from tiltflow.diagnosis import Facts, Finding, diagnose
@@ -32,7 +30,7 @@ from tiltflow.rewards.single_points import SinglePoints
 from tiltflow.run import Outcome, energies_of
 from tiltflow.rundir import RunDirectory
 from tiltflow.runfile import nearest, write_toml
-from tiltflow.sample_files import stored_cond
+from tiltflow.sample_files import stored
 from tiltflow.tables import TailAware
 from tiltflow.types import Access, Estimate
 
@@ -113,10 +111,11 @@ def _molecules(
 ) -> str | None:
     """Add ``molecules.*`` where samples are molecules; returns why there are none, if so."""
     layout, note = plan.pretrained.layout, None
-    for k, (name, each) in enumerate(drawn.items() if layout is not None else ()):
-        assert layout is not None
+    if layout is None:
+        return None
+    for k, (name, each) in enumerate(drawn.items()):
         drive.on_progress(Progress("molecules", k, len(drawn)))
-        found, why = of_molecules(layout, each.points, each.cond, energies)
+        found, why = of_molecules(layout.decode(each.points, each.cond), energies)
         numbers[name].update(found)
         note = why or note
     return note
@@ -245,8 +244,7 @@ def _findings(
 
 
 def _save_samples(directory: RunDirectory, name: str, drawn: Drawn, keep: int) -> None:
-    tensors: dict[str, Tensor] = {"points": drawn.points[:keep], "rewards": drawn.rewards}
-    tensors |= {key: entry[:keep] for key, entry in stored_cond(drawn.cond).items()}
+    tensors = stored(drawn.points, drawn.cond, keep) | {"rewards": drawn.rewards}
     save_tensors(directory.samples / f"{name}.safetensors", tensors)
 
 

@@ -13,7 +13,7 @@ from tiltflow.errors import ConfigError, NonFiniteError, UnsupportedError
 from tiltflow.flow import FlowModel, Process, device_of
 from tiltflow.kernel import Auto, EulerMaruyama, Kernel, LinearKernel
 from tiltflow.seed import Seed
-from tiltflow.types import Cond, Conditions, Estimate, expand_as, index_cond
+from tiltflow.types import Cond, Conditions, Estimate, drawn_cond, expand_as, index_cond
 
 
 @final
@@ -203,7 +203,7 @@ def adapted(
     """
     if tolerance <= 0:
         raise ConfigError(f"adapted: tolerance must be positive, got {tolerance}.")
-    cond = None if conditions is None else conditions.draw(count, seed.child("cond"))
+    cond = drawn_cond(conditions, count, seed)
     num_steps = 10
     while num_steps < MAX_STEPS:
         trial = replace(sampler, num_steps=num_steps)
@@ -255,7 +255,7 @@ def calibrated(
     c(t) is the mean of |X_1 - endpoint(X_t)|^2 / dim over the model's own samples X_1, noised to
     time t. Costs ``2 * num_steps`` evaluations of ``count`` samples.
     """
-    cond = None if conditions is None else conditions.draw(count, seed.child("cond"))
+    cond = drawn_cond(conditions, count, seed)
     sampler = Sampler(EulerMaruyama(), num_steps)
     ends = sampler.sample(model, count, seed=seed.child("ends"), cond=cond)
     generator = seed.child("noise").generator(ends.device)

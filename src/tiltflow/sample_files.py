@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from tiltflow.adapters.checkpoint import load_tensors, save_tensors, write_atomic
@@ -13,15 +12,17 @@ from tiltflow.adapters.molecule_files import write_sdf, write_xyz
 from tiltflow.evaluation import of_molecules
 from tiltflow.gallery import gallery_page
 from tiltflow.molecules import Layout, Molecules
-from tiltflow.types import Cond
+from tiltflow.types import Cond, cond_to
 
 CONDITION = "cond."
 """Before the names of conditions among the tensors of a file."""
 
 
-def stored_cond(cond: Cond | None) -> dict[str, Tensor]:
-    """The conditions that are tensors, as they are named in a file of samples."""
-    return {f"{CONDITION}{k}": v for k, v in (cond or {}).items() if isinstance(v, Tensor)}
+def stored(points: Tensor, cond: Cond | None, keep: int | None = None) -> dict[str, Tensor]:
+    """The first ``keep`` points with those of their conditions that are tensors, as a file of
+    samples names them."""
+    found = {k: v[:keep] for k, v in (cond or {}).items() if isinstance(v, Tensor)}
+    return {"points": points[:keep], **{f"{CONDITION}{k}": v for k, v in found.items()}}
 
 
 def read_molecules(path: Path, layout: Layout) -> Molecules:
@@ -48,7 +49,7 @@ def write_samples(
         CheckpointError: if a file cannot be written.
     """
     n = len(points)
-    tensors = {"points": points, "weights": points.new_full((n,), 1 / n), **stored_cond(cond)}
+    tensors = stored(points, cond) | {"weights": points.new_full((n,), 1 / n)}
     if rewards is not None:
         tensors["rewards"] = rewards
     save_tensors(path, tensors)
@@ -60,18 +61,12 @@ def write_samples(
 def _write_molecules(
     path: Path, layout: Layout, points: Tensor, rewards: Tensor | None, cond: Cond | None
 ) -> list[str]:
-    molecules = layout.decode(points.detach().cpu(), _on_cpu(cond))
+    molecules = layout.decode(points.detach().cpu(), cond_to(cond, "cpu"))
     properties: Mapping[str, Tensor] = {} if rewards is None else {"reward": rewards.cpu()}
     xyz = write_xyz(molecules, path.with_suffix(".xyz"), properties)
     sdf = write_sdf(molecules, path.with_suffix(".sdf"), properties)
-    numbers, note = of_molecules(layout, points, cond)
+    numbers, note = of_molecules(molecules)
     page = gallery_page(path.stem, molecules, None if rewards is None else rewards.cpu(),
                         numbers, note)  # fmt: skip
     write_atomic(path.with_suffix(".html"), page.encode())
     return [str(xyz), str(sdf), str(path.with_suffix(".html"))]
-
-
-def _on_cpu(cond: Cond | None) -> Cond | None:
-    if cond is None:
-        return None
-    return {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in cond.items()}

@@ -99,6 +99,13 @@ def index_cond(cond: Cond | None, index: Tensor) -> Cond | None:
     }
 
 
+def cond_to(cond: Cond | None, device: torch.device | str) -> Cond | None:
+    """The same conditions on a device."""
+    if cond is None:
+        return None
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in cond.items()}
+
+
 def joined_cond(parts: Sequence[Cond]) -> Cond:
     """The conditions of several batches, one after another; keys of the first."""
 

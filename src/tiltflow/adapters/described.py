@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from tiltflow.adapters.checkpoint import load_metadata, load_tensors, save_tensors
+from tiltflow.adapters.checkpoint import compare, load_metadata, load_tensors, save_tensors
 from tiltflow.errors import CheckpointError, ConfigError
 
 M = TypeVar("M")
@@ -51,7 +51,7 @@ def load_described(
             f"{path} is not a file of kind {kind!r}, or does not say of which network its weights "
             f"are ({error}); it belongs to another model."
         ) from error
-    load_tensors(path, net.state_dict())
+    compare(path, tensors, net.state_dict())
     net.load_state_dict(tensors)
     net.requires_grad_(False).eval()
     return model

@@ -9,9 +9,9 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from tiltflow.bonds import RDKIT
-from tiltflow.errors import CapabilityError, ConfigError, ShapeError, UnsupportedError
-from tiltflow.molecules import SYMBOLS, Layout, Molecules
+from tiltflow.bonds import require_rdkit
+from tiltflow.errors import ConfigError, ShapeError, UnsupportedError
+from tiltflow.molecules import SYMBOLS, Layout, Molecules, formula
 from tiltflow.potential import Potential
 from tiltflow.types import Access, Cond
 
@@ -91,11 +91,11 @@ class MolecularGraph:
             ConfigError: if the text is no SMILES, or see above.
             UnsupportedError: for formal charges.
         """
-        chem = _rdkit()
-        from rdkit import rdBase
+        require_rdkit()
+        from rdkit import Chem, rdBase
 
         with rdBase.BlockLogs():
-            molecule = chem.MolFromSmiles(smiles)
+            molecule = Chem.MolFromSmiles(smiles)
         if molecule is None:
             raise ConfigError(f"MolecularGraph: RDKit cannot read the SMILES {smiles!r}.")
         if any(atom.GetFormalCharge() for atom in molecule.GetAtoms()):
@@ -103,7 +103,7 @@ class MolecularGraph:
                 f"MolecularGraph: {smiles!r} has atoms with formal charges, which a graph of "
                 "elements and bonds does not tell; write it without, or leave it out."
             )
-        molecule = chem.AddHs(molecule)
+        molecule = Chem.AddHs(molecule)
         bonds = [
             (b.GetBeginAtomIdx(), b.GetEndAtomIdx(), b.GetBondTypeAsDouble())
             for b in molecule.GetBonds()
@@ -182,33 +182,30 @@ class MolecularGraph:
 
     def rdkit(self) -> Any:
         """RDKit's molecule of it, sanitised, with explicit hydrogens and no conformer."""
-        chem = _rdkit()
-        from rdkit import rdBase
+        require_rdkit()
+        from rdkit import Chem, rdBase
 
         kinds = dict(zip(ORDERS, ("SINGLE", "AROMATIC", "DOUBLE", "TRIPLE"), strict=True))
-        editable = chem.RWMol()
+        editable = Chem.RWMol()
         for z in self.numbers:
-            atom = chem.Atom(z)
+            atom = Chem.Atom(z)
             atom.SetNoImplicit(True)
             editable.AddAtom(atom)
         for i, j, order in self.bonds:
-            editable.AddBond(i, j, getattr(chem.BondType, kinds[order]))
+            editable.AddBond(i, j, getattr(Chem.BondType, kinds[order]))
             if order == 1.5:
                 for k in (i, j):
                     editable.GetAtomWithIdx(k).SetIsAromatic(True)
         molecule = editable.GetMol()
         try:
             with rdBase.BlockLogs():
-                chem.SanitizeMol(molecule)
+                Chem.SanitizeMol(molecule)
         except ValueError as error:  # what RDKit's exceptions of this kind are
             raise ConfigError(f"MolecularGraph: RDKit refuses {self}: {error}") from error
         return molecule
 
     def __str__(self) -> str:
-        found = {SYMBOLS[z]: self.numbers.count(z) for z in sorted({*self.numbers})}
-        first = [symbol for symbol in ("C", "H") if symbol in found]
-        names = [*first, *sorted(set(found) - set(first))]
-        return "".join(f"{name}{found[name] if found[name] > 1 else ''}" for name in names)
+        return formula(self.numbers)
 
 
 @final
@@ -276,14 +273,6 @@ def embedded(graph: MolecularGraph, count: int, seed: int, *, relaxed: bool = Fa
         [molecule.GetConformer(i).GetPositions().tolist() for i in made], dtype=torch.float64
     )
     return x - x.mean(1, keepdim=True)
-
-
-def _rdkit() -> Any:
-    try:
-        from rdkit import Chem
-    except ImportError as error:
-        raise CapabilityError(RDKIT) from error
-    return Chem
 
 
 __all__ = ["Bond", "MolecularGraph", "OfGraph", "embedded"]

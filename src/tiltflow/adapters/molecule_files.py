@@ -7,7 +7,7 @@ says which molecule of the batch it is.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
@@ -251,10 +251,7 @@ class _Lines:
 
     def more(self) -> bool:
         """Whether anything but empty lines is left."""
-        return any(line.strip() for line in self._rest())
-
-    def _rest(self) -> Iterator[str]:
-        yield from self._lines[self._at :]
+        return any(self._lines[k].strip() for k in range(self._at, len(self._lines)))
 
     def peek(self) -> str:
         if not self.left():

@@ -126,7 +126,7 @@ class _Draw:
             cond = None if self.conditions is None else self.conditions.draw(size, at.child("c"))
             path = self.sampler.simulate(model, size, seed=at, cond=cond)
             kernel = self.sampler.kernel
-            kls.append(torch.stack([step_kl(model, q, kernel, path)[0] for q in others]))
+            kls.append(torch.stack([step_kl(model, q, kernel, path, own=True)[0] for q in others]))
             ends.append(path.end)
             conds += [] if cond is None else [cond]
         cond = joined_cond(conds) if conds else None

@@ -186,7 +186,7 @@ def corrected(
         size = min(sampler.batch_size, count - first)
         where = seed.child("batch", batch)
         path = sampler.simulate(model, size, seed=where)
-        ratio = step_kl(model, reference, sampler.kernel, path)[1]
+        ratio = step_kl(model, reference, sampler.kernel, path, own=True)[1]
         points.append(path.end)
         log_weights.append((psi.value(path.end) - ratio).double())
     return Bank(torch.cat(points), torch.softmax(torch.cat(log_weights), 0))

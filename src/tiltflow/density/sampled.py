@@ -15,7 +15,7 @@ from tiltflow.flow import FlowModel
 from tiltflow.potential import ZERO, Potential
 from tiltflow.sample import Sampler
 from tiltflow.seed import Seed
-from tiltflow.types import Access, Cond, Conditions
+from tiltflow.types import Access, Cond, Conditions, drawn_cond
 
 
 @final
@@ -197,7 +197,7 @@ class FlowDensity(Density):
     def bank(self) -> Bank:
         """``num_samples`` samples of the model, drawn once."""
         seed, count = self.seed.child("bank"), self.num_samples
-        cond = None if self.conditions is None else self.conditions.draw(count, seed.child("cond"))
+        cond = drawn_cond(self.conditions, count, seed)
         return Bank.equal(self.sampler.sample(self.model, count, seed=seed, cond=cond), cond)
 
     @property

@@ -15,7 +15,7 @@ from tiltflow.functional import Curvature, influence
 from tiltflow.potential import Potential
 from tiltflow.ratio import ExactRatio, RatioEstimator
 from tiltflow.sample import Sampler, path_kl
-from tiltflow.types import Access, Estimate
+from tiltflow.types import Access, Estimate, drawn_cond
 
 
 @final
@@ -94,7 +94,7 @@ def _path_kl(p: FlowDensity, prior: FlowDensity) -> Estimate:
             f"{p.model.schedule} and {prior.model.schedule}."
         )
     seed, count = p.seed.child("path_kl"), p.num_samples
-    cond = None if p.conditions is None else p.conditions.draw(count, seed.child("cond"))
+    cond = drawn_cond(p.conditions, count, seed)
     # An ODE sampler has no path law; the memoryless default measures the same two models.
     sampler = p.sampler if p.sampler.kernel.memoryless else Sampler()
     return path_kl(p.model, prior.model, sampler=sampler, count=count, seed=seed, cond=cond)

@@ -14,7 +14,6 @@ from tiltflow.config import Table
 from tiltflow.errors import CapabilityError, ConfigError
 from tiltflow.experiment import load_models, measured
 from tiltflow.flow import FlowModel
-from tiltflow.kernel import Auto
 from tiltflow.merge_tables import MergeExperiment
 from tiltflow.models import Model, Pretrained
 from tiltflow.operators import Circuit, Gate, circuit
@@ -135,18 +134,10 @@ def prepare(tree: Table, device: torch.device | None = None) -> MergePlan:
     loaded = load_models({name: experiment.models[name] for name in names}, device)
     plan = MergePlan(experiment, tree.plain, root, loaded)
     _check_models(plan)
-    if not _needs_moments(experiment):
-        return plan
-    sampler, seed = Sampler(), Seed(experiment.seed).child("models")
-    known = {name: measured(each, sampler, seed.child(name)) for name, each in loaded.items()}
-    return replace(plan, pretrained=known)
-
-
-def _needs_moments(experiment: MergeExperiment) -> bool:
-    """Whether any sampler has the kernel ``Auto``."""
-    merging = experiment.merging
+    merging, seed = experiment.merging, Seed(experiment.seed).child("models")
     samplers = merging.sampler, merging.solver.sampler, experiment.evaluate.sampler
-    return any(isinstance(sampler.kernel, Auto) for sampler in samplers)
+    known = measured(loaded, samplers, Sampler().num_steps, seed)
+    return replace(plan, pretrained=known)
 
 
 def _read(experiment: MergeExperiment) -> Gate:

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from tiltflow import plots
 from tiltflow.adapters.checkpoint import load_tensors
-from tiltflow.gallery import cards, chosen, grid, legend, metrics_table
+from tiltflow.gallery import cards, grid, legend, metrics_table
 from tiltflow.html_page import MISSING, image, number, page, plain, section, table
 from tiltflow.merges.drawing import circuit_svg
 from tiltflow.merges.plots import classes_figure, colours, samples_figure
-from tiltflow.report_molecules import layout_of
+from tiltflow.molecules import Molecules
+from tiltflow.report_molecules import read_all
 from tiltflow.report_parts import appendix, cost, expectations, findings, verdicts
 from tiltflow.rundir import RunDirectory
-from tiltflow.sample_files import read_molecules
 
 Report = Mapping[str, Any]
 
@@ -40,8 +40,8 @@ def merge_page(
     environment: Mapping[str, Any],
 ) -> str:
     """The HTML text."""
-    samples = _read_samples(directory, data)
-    shown = _molecules(directory, data) if data.get("layout") else _samples(data, samples)
+    molecules = read_all(directory, data, data["files"])
+    shown = _molecules(data, molecules) if molecules else _samples(directory, data)
     parts = [
         _head(data), findings(data), _circuit(data), *(_gate(gate) for gate in data["gates"]),
         shown, _classes(data), _models(data), _training(data, records),
@@ -159,29 +159,26 @@ def _facts(gate: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def _samples(data: Report, samples: Mapping[str, Tensor]) -> str:
+def _samples(directory: RunDirectory, data: Report) -> str:
     if not plots.available():
         return section(
             "Figures", "<p>matplotlib is not installed, so that this report has tables only. "
             "<code>pip install 'tiltflow[plots]'</code> and <code>tiltflow report DIR</code> add "
             "the figures.</p>",
         )  # fmt: skip
-    fig = samples_figure(samples, _colours(data), _picture(data))
+    fig = samples_figure(_read_samples(directory, data), _colours(data), _picture(data))
     return section("Samples of the models and the gates",
                    image(plots.png(fig), "Samples of each model and gate"))  # fmt: skip
 
 
-def _molecules(directory: RunDirectory, data: Report) -> str:
+def _molecules(data: Report, every: Mapping[str, Molecules]) -> str:
     """Metrics of the molecules of all models and gates together, and the first of each."""
-    layout, files = layout_of(data["layout"]), data["files"]
-    every = {n: read_molecules(directory.samples / f"{f}.safetensors", layout)
-             for n, f in files.items()}  # fmt: skip
-    told = metrics_table(data["numbers"], {name: name for name in files}, None)
+    told = metrics_table(data["numbers"], {name: name for name in every}, None)
     first = "".join(
-        f"<h3>{html.escape(name)}</h3>{grid(cards(chosen(each, range(min(FEW, len(each))))))}"
+        f"<h3>{html.escape(name)}</h3>{grid(cards(each.chosen(range(min(FEW, len(each))))))}"
         for name, each in every.items()
     )
-    return section("Molecules", told, legend(next(iter(every.values()))), first)
+    return section("Molecules", told, legend(), first)
 
 
 def _classes(data: Report) -> str:

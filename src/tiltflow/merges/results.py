@@ -24,7 +24,7 @@ from tiltflow.recorder import Drive, Progress, Stopwatch, plain_json
 from tiltflow.results import cost
 from tiltflow.rundir import RunDirectory
 from tiltflow.runfile import nearest, write_toml
-from tiltflow.sample_files import stored_cond
+from tiltflow.sample_files import stored
 from tiltflow.types import Cond, Estimate
 
 Numbers = dict[str, Estimate]
@@ -76,9 +76,8 @@ def evaluate(
         )
     keep = plan.experiment.evaluate.keep
     for name, (points, cond) in measured.samples.items():
-        tensors = {"points": points[:keep]}
-        tensors |= {key: entry[:keep] for key, entry in stored_cond(cond).items()}
-        save_tensors(directory.samples / f"{file_name(outcome, name)}.safetensors", tensors)
+        path = directory.samples / f"{file_name(outcome, name)}.safetensors"
+        save_tensors(path, stored(points, cond, keep))
     stopwatch.lap("evaluation")
     report = _assemble(plan, outcome, measured, directory, expectations)
     directory.write_json(directory.report, report)
@@ -137,7 +136,7 @@ def _numbers(plan: MergePlan, points: Tensor, cond: Cond | None) -> Numbers:
     for name, judge in plan.judge.judges.items():
         out[f"{name}.mean"] = Estimate.of(judge.value(points, cond).cpu())
     if plan.judge.layout is not None:
-        return out | of_molecules(plan.judge.layout, points, cond)[0]
+        return out | of_molecules(plan.judge.layout.decode(points, cond))[0]
     if flat.shape[1] <= FEW:
         for i, x in enumerate(flat.T):
             out[f"mean.{i}"], out[f"variance.{i}"] = Estimate.of(x), _variance(x)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -14,20 +13,22 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor
 
-from tiltflow.bonds import RDKIT, VALENCIES, connected, perceived, reach, require_tables
+from tiltflow.bonds import (
+    VALENCIES,
+    connected,
+    distances,
+    perceived,
+    reach,
+    require_rdkit,
+    require_tables,
+)
 from tiltflow.errors import CapabilityError, ConfigError
 from tiltflow.molecules import Layout
 from tiltflow.potential import Potential, Reward
 from tiltflow.types import Access, Cond
 
-NEVER = -1e3
-"""Angstrom: a reach that no distance is below."""
-
 DEAD = 0.2
 """Of 4 s (1 - s): what ordinary lengths of bonds have."""
-
-NEARLY_ZERO = 1e-6
-"""Angstrom: two atoms in one place have no direction, and no NaN either."""
 
 
 @final
@@ -90,14 +91,14 @@ class Valency(Reward):
                 f"undecided={self.undecided} not negative."
             )
         elements = self.layout.elements
-        object.__setattr__(self, "_reach", reach(elements, NEVER))
+        object.__setattr__(self, "_reach", reach(elements))
         valencies = torch.tensor([VALENCIES[z] for z in elements], dtype=torch.float64)
         object.__setattr__(self, "_valencies", valencies)
 
     def _value(self, x: Tensor, cond: Cond | None) -> Tensor:
-        mask = self.layout.decode(x.detach(), cond).mask
-        types = self._types(x)
-        orders, undecided = self._sums(x, types, mask)
+        molecules = self.layout.decode(x.detach(), cond)
+        types, mask = self._types(x), molecules.mask
+        orders, undecided = self._sums(distances(x[..., :3]), types, molecules.pairs)
         off = types @ self._valencies.to(x) - orders
         e = (torch.where(off > 0, off, -self.excess * off) - self.slack).clamp(min=0)
         loss = e**2 + self.undecided * undecided
@@ -111,12 +112,8 @@ class Valency(Reward):
             return hot.to(x)
         return torch.softmax(columns / (self.layout.one_hot * self.soft_types), -1)
 
-    def _sums(self, x: Tensor, types: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def _sums(self, d: Tensor, types: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
         """Sums over the partners of each atom: soft bonds, and undecided ones, both (B, N)."""
-        offset = x[:, :, None, :3] - x[:, None, :, :3]
-        d = (offset.square().sum(-1) + NEARLY_ZERO**2).sqrt()
-        pairs = mask[:, :, None] & mask[:, None]
-        pairs = pairs & ~torch.eye(mask.shape[1], dtype=torch.bool, device=x.device)
         orders, undecided = (
             self._hard(d, types) if self.soft_types is None else self._soft(d, types)
         )
@@ -209,8 +206,7 @@ class DrugScore(Potential):
 
 def _function(score: str) -> Callable[[Any], float]:
     """RDKit's function of a molecule whose hydrogens are atoms."""
-    if importlib.util.find_spec("rdkit") is None:
-        raise CapabilityError(RDKIT)
+    require_rdkit()
     chem = importlib.import_module("rdkit.Chem")
     if score == "qed":
         qed = importlib.import_module("rdkit.Chem.QED").qed

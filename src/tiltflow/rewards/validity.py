@@ -8,17 +8,11 @@ from typing import final
 import torch
 from torch import Tensor
 
-from tiltflow.bonds import VALENCIES, reach
+from tiltflow.bonds import VALENCIES, distances, reach
 from tiltflow.errors import ConfigError
 from tiltflow.molecules import Layout
 from tiltflow.potential import Reward
 from tiltflow.types import Cond
-
-NEVER = -1e3
-"""Angstrom: a reach that no distance is below."""
-
-NEARLY_ZERO = 1e-6
-"""Angstrom: two atoms in one place have no direction, and no NaN either."""
 
 
 @final
@@ -64,20 +58,17 @@ class ValidityGap(Reward):
                 "not negative."
             )
         elements = self.layout.elements
-        object.__setattr__(self, "_reach", reach(elements, NEVER))
+        object.__setattr__(self, "_reach", reach(elements))
         object.__setattr__(self, "_valencies", torch.tensor([VALENCIES[z] for z in elements]))
 
     def _value(self, x: Tensor, cond: Cond | None) -> Tensor:
-        mask = self.layout.decode(x.detach(), cond).mask
+        molecules = self.layout.decode(x.detach(), cond)
         kinds = x[..., 3 : 3 + len(self.layout.elements)].argmax(-1)
-        offset = x[:, :, None, :3] - x[:, None, :, :3]
-        d = (offset.square().sum(-1) + NEARLY_ZERO**2).sqrt()
-        pairs = mask[:, :, None] & mask[:, None]
-        pairs = pairs & ~torch.eye(mask.shape[1], dtype=torch.bool, device=x.device)
+        d = distances(x[..., :3])
         limits = self._reach.to(d)[:, kinds[:, :, None], kinds[:, None]]
         valencies = self._valencies.to(x.device)[kinds]
-        surplus = _surplus((limits + self.margin - d) * pairs, valencies)
-        apart = spanning_edges((d - limits[0] + self.margin).clamp(min=0), mask)
+        surplus = _surplus((limits + self.margin - d) * molecules.pairs, valencies)
+        apart = spanning_edges((d - limits[0] + self.margin).clamp(min=0), molecules.mask)
         gaps = torch.cat([surplus.flatten(1), apart], 1)
         return -(gaps / (gaps + self.scale)).sum(1)
 

@@ -19,7 +19,6 @@ from tiltflow.kernel import Auto
 from tiltflow.potential import Potential, StepReward
 from tiltflow.problem import ControlProblem, PathProblem, Result, Solution
 from tiltflow.sample import Sampler, adapted, calibrated, step_kl
-from tiltflow.seed import Seed
 from tiltflow.solvers.lean_adjoint import Rollout, Steps, rollout
 from tiltflow.solvers.targets import (
     Mixer,
@@ -30,7 +29,7 @@ from tiltflow.solvers.targets import (
     weighted_mean,
 )
 from tiltflow.training import Training, optimise
-from tiltflow.types import Access, Cond, Conditions
+from tiltflow.types import Access, Conditions, drawn_cond
 
 STARVED = 10
 """So many more roll-outs without any reward gradient than with one end in a warning, and at the
@@ -326,7 +325,7 @@ class _Matching:
         if self.context.backend.num_processes > 1:
             seed = seed.child("process", self.context.backend.process_index)
         count, oversample = self.solver.num_trajectories, self._oversample()
-        cond = self._draw(oversample * count, seed)
+        cond = drawn_cond(self.conditions, oversample * count, seed)
         path = rollout(
             self.tuned, self.reference, self.steps, self.terminal, count,
             seed=seed.child("paths"), backend=self.context.backend,
@@ -355,9 +354,6 @@ class _Matching:
         if math.isnan(self.activity):
             return 1
         return min(max(1, round(ENOUGH_ACTIVE / max(self.activity, 1e-9))), MOST_OVERSAMPLED)
-
-    def _draw(self, count: int, seed: Seed) -> Cond | None:
-        return None if self.conditions is None else self.conditions.draw(count, seed.child("cond"))
 
     def _targets(self, path: Rollout) -> Tensor:
         target, active = adjoint_target(path, self.steps, self.solver.clip)
@@ -428,7 +424,7 @@ class _Matching:
     def evaluate(self) -> dict[str, float]:
         """Statistics of the final model on fresh trajectories."""
         seed, count = self.context.seed.child("evaluate"), self.solver.num_evaluate
-        cond, sampler = self._draw(count, seed), self.solver.sampler
+        cond, sampler = drawn_cond(self.conditions, count, seed), self.solver.sampler
         path = sampler.simulate(self.tuned, count, seed=seed.child("paths"), cond=cond)
         kl, ratio = step_kl(self.tuned, self.reference, sampler.kernel, path, own=True)
         stats = {"path_kl": float(kl.mean()), "path_kl_error": float(kl.std()) / count**0.5}

@@ -15,7 +15,7 @@ from tiltflow.kernel import Auto
 from tiltflow.potential import Potential
 from tiltflow.sample import Sampler, calibrated, step_kl
 from tiltflow.seed import Seed
-from tiltflow.types import Access, Cond, Conditions, expand_as
+from tiltflow.types import Access, Cond, Conditions, drawn_cond, expand_as
 
 
 def require_memoryless(sampler: Sampler, user: str) -> None:
@@ -93,7 +93,7 @@ def evaluated(
     the spread of phi - log dP / dP_reference, and ``effective``, the effective sample fraction of
     those path weights. ``*_error`` are standard errors.
     """
-    cond = None if conditions is None else conditions.draw(count, seed.child("cond"))
+    cond = drawn_cond(conditions, count, seed)
     path = sampler.simulate(tuned, count, seed=seed.child("paths"), cond=cond)
     kl, ratio = step_kl(tuned, reference, sampler.kernel, path, own=True)
     stats = {"path_kl": float(kl.mean()), "path_kl_error": float(kl.std()) / count**0.5}

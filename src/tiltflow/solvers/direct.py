@@ -26,7 +26,7 @@ from tiltflow.solvers.common import (
 )
 from tiltflow.solvers.lean_adjoint import Steps
 from tiltflow.training import Training, optimise
-from tiltflow.types import Access, Cond, Conditions
+from tiltflow.types import Access, Cond, Conditions, drawn_cond
 
 STARVED = 10
 """So many updates in a row without a reward gradient, at the end, are ``Result.STARVED``."""
@@ -180,9 +180,7 @@ class _Unrolled:
         count, seed = self.solver.num_trajectories, self.context.seed.child("update", update, part)
         if self.context.backend.num_processes > 1:
             seed = seed.child("process", self.context.backend.process_index)
-        cond = None
-        if self.conditions is not None:
-            cond = self.conditions.draw(count, seed.child("cond"))
+        cond = drawn_cond(self.conditions, count, seed)
         generator = seed.child("paths").generator(self.steps.t.device)
         x = self.reference.space.noise(count, generator, cond)
         total, kl = len(self.steps.t), x.new_zeros(count)

@@ -18,7 +18,7 @@ from tiltflow.potential import Potential
 from tiltflow.sample import Sampler, step_kl
 from tiltflow.seed import Seed
 from tiltflow.solvers.common import effective_size
-from tiltflow.types import Cond, Conditions, index_cond
+from tiltflow.types import Cond, Conditions, drawn_cond, index_cond
 
 PATHS = 1024
 """Most paths that are in memory at once."""
@@ -69,7 +69,7 @@ def draw(
     Raises:
         UnsupportedError: before any sample, if a condition comes up fewer than ``least`` times.
     """
-    cond = None if conditions is None else conditions.draw(count, seed.child("cond"))
+    cond = drawn_cond(conditions, count, seed)
     group, sizes = groups_of(cond, count)
     if cond is not None:
         _require_repeated(sizes, least)
@@ -89,7 +89,8 @@ def draw(
                 log_base = torch.zeros(len(index), dtype=torch.float64, device=ends.device)
             else:
                 path = sampler.simulate(model, len(index), seed=where, cond=part)
-                ends, ratio = path.end, step_kl(other, reference, sampler.kernel, path)[1]
+                ends, own = path.end, model is other
+                ratio = step_kl(other, reference, sampler.kernel, path, own=own)[1]
                 log_base = math.log(2) + logsigmoid(-ratio.double())
             parts.append((ends, terminal.value(ends, part).double(), log_base))
     points, value, log_base = (torch.cat(column) for column in zip(*parts, strict=True))

@@ -16,7 +16,7 @@ from tiltflow.ratio import LogisticRatio, RatioEstimator
 from tiltflow.sample import Sampler
 from tiltflow.solvers import AdjointMatching
 from tiltflow.training import Training
-from tiltflow.types import Access, Cond, Conditions
+from tiltflow.types import Access, Cond, Conditions, drawn_cond
 
 
 @final
@@ -192,9 +192,7 @@ class Job:
 
     def cond(self, count: int, *labels: str | int) -> Cond | None:
         """The conditions of ``count`` samples."""
-        if self.conditions is None:
-            return None
-        return self.conditions.draw(count, self.context.seed.child(*labels, "cond"))
+        return drawn_cond(self.conditions, count, self.context.seed.child(*labels))
 
 
 @final
