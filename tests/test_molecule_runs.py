@@ -308,6 +308,16 @@ def test_without_rdkit_there_are_pictures_and_a_note(
     assert "RDKit is not installed" in out.with_suffix(".sdf").read_text()
 
 
+@pytest.mark.parametrize("suffix", [".xyz", ".sdf", ".html"])
+def test_a_file_of_molecules_does_not_replace_the_samples(
+    done: Path, tmp_path: Path, suffix: str
+) -> None:
+    out = tmp_path / f"bank{suffix}"
+    assert main(["sample", str(done), "-n", "3", "--out", str(out)]) == FINE
+    assert len(load_tensors(tmp_path / "bank.safetensors")["points"]) == 3
+    assert {p.suffix for p in tmp_path.iterdir()} == {".safetensors", ".xyz", ".sdf", ".html"}
+
+
 def test_inspect_knows_conditions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(tune(tmp_path))]) == FINE
     assert "time        about" in capsys.readouterr().out
@@ -350,6 +360,21 @@ def test_models_of_different_conditions_are_not_merged(
     model = f'models.b={{ kind = "EDM", path = "{other}", weights = "{weights}" }}'
     assert main(["run", str(file), "--out", str(tmp_path / "out"), "--set", model]) == USAGE
     assert "models.b: its conditions have another law" in capsys.readouterr().err
+
+
+def test_models_that_write_elements_differently_are_not_merged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, other = merge_file(tmp_path), tmp_path / "other"
+    _, weights = tiny_edm(other, 4)
+    card = json.loads((other / "config.json").read_text())
+    card["atomic_numbers"] = [6, 1, 7, 8, 9]
+    card["atom_types"] = ["C", "H", "N", "O", "F"]
+    card["state"]["layout"][3:5] = ["onehot_C", "onehot_H"]
+    (other / "config.json").write_text(json.dumps(card))
+    model = f'models.b={{ kind = "EDM", path = "{other}", weights = "{weights}" }}'
+    assert main(["run", str(file), "--out", str(tmp_path / "out"), "--set", model]) == USAGE
+    assert "models.b: its atoms are written as" in capsys.readouterr().err
 
 
 # Parts

@@ -40,7 +40,7 @@ def write_samples(
     path: Path, points: Tensor, rewards: Tensor | None, cond: Cond | None, layout: Layout | None
 ) -> list[str]:
     """A file of tensors, ``points``, ``weights``, ``rewards`` and ``cond.*``; of molecules, beside
-    it .xyz, .sdf and .html.
+    it .xyz, .sdf and .html. If ``path`` is one of these three, the tensors are in .safetensors.
 
     Returns:
         what was written, a line for each file.
@@ -52,6 +52,8 @@ def write_samples(
     tensors = stored(points, cond) | {"weights": points.new_full((n,), 1 / n)}
     if rewards is not None:
         tensors["rewards"] = rewards
+    if layout is not None and path.suffix in (".xyz", ".sdf", ".html"):
+        path = path.with_suffix(".safetensors")
     save_tensors(path, tensors)
     if layout is None:
         return [str(path)]

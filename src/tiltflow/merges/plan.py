@@ -170,6 +170,15 @@ def _check_models(plan: MergePlan) -> None:
                 f"models.{name}: its states are in {space}, those of {names[0]} in {spaces[0]}; "
                 "merging needs one space."
             )
+    layouts = {n: p.layout for n, p in plan.pretrained.items() if p.layout is not None}
+    for name, layout in layouts.items():
+        first = next(iter(layouts))
+        if layout != layouts[first]:
+            raise ConfigError(
+                f"models.{name}: its atoms are written as {layout}, those of {first} as "
+                f"{layouts[first]}, so that one network would read the other's elements wrongly. "
+                "Merge models of one layout."
+            )
 
 
 def check(plan: MergePlan) -> Sequence[tuple[Gate, str]]:
