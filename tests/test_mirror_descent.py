@@ -27,7 +27,7 @@ from tiltflow.algorithms import LineSearch, PathKLBound, mirror_descent
 from tiltflow.algorithms.mirror_descent import stationarity
 from tiltflow.analytic import GaussianMixture, gaussian
 from tiltflow.context import Context
-from tiltflow.density import Empirical, FlowDensity, Quadrature
+from tiltflow.density import Bank, Density, Empirical, FlowDensity, Quadrature
 from tiltflow.divergences import KL
 from tiltflow.errors import CapabilityError, ConfigError, UnsupportedError
 from tiltflow.potential import BlackBox, Potential
@@ -462,3 +462,32 @@ def test_a_line_search_needs_values() -> None:
             Entropy() - KL(prior), prior.model, AdjointMatching(), LineSearch(),
             density=lambda m, seed: prior, prior=prior, context=Context(), num_iterations=2,
         )  # fmt: skip
+
+
+def test_the_last_density_is_drawn_only_for_somebody_who_looks() -> None:
+    """A bank of samples can cost as much as a training. The first variation of an expected reward
+    needs none, so that only the report does, of both models."""
+    q, drawn = gaussian([0.5], 0.7), []
+
+    class Watched(Empirical):
+        @property
+        def bank(self) -> Bank:
+            drawn.append(id(self))
+            return super().bank
+
+    def banks(**more: Any) -> int:
+        drawn.clear()
+        kept: list[Density] = []  # so that no two have one id
+
+        def density(model: GaussianMixture, seed: Seed) -> Density:
+            kept.append(Watched(model.sample(200, seed)))
+            return kept[-1]
+
+        mirror_descent(
+            ExpectedReward(X), q, GaussianSolver(), [0.5, 0.5], density=density,
+            context=Context(), form="successive", step_kl=lambda *each: 0.0, **more,
+        )  # fmt: skip
+        return len(set(drawn))
+
+    assert banks() == 0
+    assert banks(on_iterate=lambda k, iterate: None) == 2

@@ -148,8 +148,10 @@ def mirror_descent(
             return replace(last, result=Result.CONVERGED)
         last, point = step
         rate = last.stats["rate"]
-        gap = stationarity(objective, point.p) if new or tolerance > 0 else math.nan
-        if new:
+        # The last density is drawn only for somebody who wants to know.
+        told = new and on_iterate is not ignore
+        gap = stationarity(objective, point.p) if told or tolerance > 0 else math.nan
+        if told:
             on_iterate(k, Iterate(k, rate, point.worth, gap, last.stats["step_kl"], last))
         if last.result not in (Result.DONE, Result.CONVERGED):
             break
