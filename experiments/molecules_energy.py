@@ -34,7 +34,7 @@ from tiltflow.training import Training
 from tiltflow.types import Estimate
 from tiltflow.utilities import RightCVaR
 
-SMALL = Setting("cpu", steps=50, rollouts=6, trajectories=32, fresh=256, bank=128)
+SMALL = Setting("cpu", steps=50, rollouts=6, trajectories=32, fresh=192, bank=128)
 FULL = Setting("gpu", steps=100, rollouts=40, trajectories=128, fresh=10_000, bank=10_000)
 
 ATOMS = 12
@@ -44,7 +44,7 @@ number of atoms has one normaliser."""
 LEVEL = 0.8
 """The tail is the best fifth."""
 
-WEIGHT = 0.05
+WEIGHT = 0.02
 """Of the KL, in spreads of the reward under the model per nat."""
 
 LATE = 0.12
@@ -115,8 +115,8 @@ class Task:
         rollouts = max(1, round(share * self.chosen.rollouts))
         return AdjointMatching(
             sampler=self.sampler, num_trajectories=self.chosen.trajectories, late=LATE, early=0.0,
-            use_values=False, clip=CLIP, num_evaluate=min(128, self.chosen.bank),
-            training=Training(num_updates=20 * rollouts, learning_rate=1e-2, ema=0.9),
+            use_values=False, clip=CLIP, num_evaluate=min(64, self.chosen.bank),
+            training=Training(num_updates=20 * rollouts, learning_rate=3e-2, ema=0.9),
         )  # fmt: skip
 
     def context(self, name: str) -> Context:
@@ -216,7 +216,8 @@ def section(store: Store) -> str:
     parts = lab.tables(store, ("pre-trained", *METHODS), TOLD, HEADER)
     names = dict.fromkeys(key.split("/")[0] for key in store.known)
     gains = [f"`{name}`: {line}" for name in names for line in compared(store, name)]
-    return "\n".join([texts.ENERGY.strip(), "", *parts, "\n\n".join(gains)]) if parts else ""
+    told = [texts.ENERGY.strip(), "", *parts, "\n\n".join(gains), texts.PUBLISHED.rstrip()]
+    return "\n".join(told) if parts else ""
 
 
 def compared(store: Store, name: str) -> list[str]:

@@ -21,11 +21,8 @@ from tiltflow.seed import Seed
 from tiltflow.training import Training
 from tiltflow.types import Estimate
 
-SMALL = replace(energy.SMALL, fresh=256, bank=256)
+SMALL = replace(energy.SMALL, bank=256)
 FULL = energy.FULL
-
-WEIGHT = 0.02
-"""Of the KL in the copy's training: 2.5 times as far from the model as the energy experiment."""
 
 SHARES = (0.25, 0.5, 0.75)
 """Of the copy in the intersections without training; the trained one has a half."""
@@ -49,7 +46,7 @@ class Task:
         """The model, its copy that is tuned for energy, and the same network long before."""
         return {
             "model": self.energy.plain,
-            "copy": energy.expected(self.energy, WEIGHT).model,
+            "copy": energy.expected(self.energy, energy.WEIGHT).model,
             "twin": lab.edm(21).with_atoms(energy.ATOMS),
         }
 
