@@ -12,9 +12,9 @@ demo: $(VENV)/.installed-test
 	$(BIN)/tiltflow run experiments/digits_reliability.toml --out $(OUT)
 	@echo "The report is $(OUT)/report.html"
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 test-slow: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n auto --dist loadfile -m slow
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

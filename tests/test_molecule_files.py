@@ -115,6 +115,18 @@ def test_properties_are_one_per_molecule(tmp_path: Path) -> None:
     assert not (tmp_path / "a.xyz").exists()
 
 
+def test_properties_that_files_could_not_hold(tmp_path: Path) -> None:
+    """What would end a record is refused before anything is written; quotes are escaped."""
+    path, rest = tmp_path / "a.sdf", ["1"] * 6
+    with pytest.raises(ConfigError, match=r"properties\['name'\]: .* would end the record"):
+        write_sdf(strange(), path, {"name": ["$$$$", *rest]})
+    assert not path.exists()
+    write_xyz(strange(), tmp_path / "a.xyz", {"a b": ['x"y z', "k=v", *rest[1:]]})
+    lines = (tmp_path / "a.xyz").read_text()
+    assert 'a_b="x\\"y z"' in lines
+    assert 'a_b="k=v"' in lines
+
+
 WATER = "3\nwater\nO 0 0 0.12\nH 0 0.76 -0.48 extra 7\n1 0 -0.76 -0.48\n"
 
 

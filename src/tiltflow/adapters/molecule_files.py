@@ -29,6 +29,9 @@ FARTHEST = 9999.0
 MOST_ATOMS = 999
 """In a record of SDF V2000."""
 
+END = "$$$$"
+"""Of a record of SDF, on a line of its own."""
+
 NUMBERS = {symbol: z for z, symbol in enumerate(SYMBOLS) if z > 0}
 """Atomic numbers by symbol."""
 
@@ -116,7 +119,7 @@ def write_sdf(
         bondless.update([] if known else [why])
         items = {"index": str(i), "bonds": "perceived" if known else why, **rows[i]}
         data = "".join(f">  <{name}>\n{value}\n\n" for name, value in items.items())
-        records.append(f"{block}{data}$$$$\n")
+        records.append(f"{block}{data}{END}\n")
     write_atomic(Path(path), "".join(records).encode())
     return Written(Path(path), len(records), dict(left_out), dict(bondless))
 
@@ -133,11 +136,19 @@ def _rows(molecules: Molecules, properties: Properties | None) -> list[dict[str,
         for row, value in zip(rows, values, strict=True):
             text = f"{value:.8g}" if isinstance(value, float) else str(value)
             row[name] = " ".join(text.split())
+            if row[name].startswith(END):
+                raise ConfigError(
+                    f"properties[{name!r}]: {row[name]!r} would end the record in an SDF file; "
+                    "leave it out or write it otherwise."
+                )
     return rows
 
 
 def _quoted(text: str) -> str:
-    return f'"{text}"' if " " in text else text
+    """In quotes where it is not one plain word, as in the extended XYZ format."""
+    if not any(mark in text for mark in ' "\\='):
+        return text
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def _unwritable(numbers: Tensor, positions: Tensor, limited: bool = False) -> str:
@@ -207,7 +218,7 @@ def read_sdf(path: str | Path) -> Molecules:
             raise lines.wrong("the record is V3000; write it as V2000, or as XYZ")
         count = lines.count(lambda text: text[:3], "the number of atoms in its first 3 columns")
         records.append([lines.atom(_sdf_atom) for _ in range(count)])
-        while lines.left() and lines.next().strip() != "$$$$":
+        while lines.left() and lines.next().strip() != END:
             pass
     return _padded(records, lines)
 
