@@ -45,7 +45,7 @@ LATE = 0.5
 """Part of the steps, nearest to the data, that are tuned: before, the predicted composition says
 nothing of that of the sample (R^2 below 0.1 until t = 0.7, 0.8 at t = 0.9)."""
 
-WEIGHT = 0.05
+WEIGHT = 0.0125
 """Of the KL, in nats of diversity per nat."""
 
 RATES = (0.7 / WEIGHT, 0.7 / WEIGHT)

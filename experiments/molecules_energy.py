@@ -44,8 +44,11 @@ number of atoms has one normaliser."""
 LEVEL = 0.8
 """The tail is the best fifth."""
 
-WEIGHT = 0.02
-"""Of the KL, in spreads of the reward under the model per nat."""
+WEIGHT = 0.1
+"""Of the KL for the tails, in spreads of the reward under the model per nat."""
+
+FRONTIER = (0.1, 0.05, 0.025)
+"""Weights for expected reward, whose path KLs lie around those of the tails."""
 
 LATE = 0.12
 """Part of the steps, nearest to the data, that are tuned: earlier the predicted molecule is none
@@ -57,12 +60,9 @@ CLIP = 16.0
 ITERATIONS = 2
 """Of FDC."""
 
-CLOSE = 0.15
-"""Relative difference of path KLs that are called equal; at most three trainings are made."""
-
 TAILS = ("FDC", "TFFT")
-EQUAL = {f"expected reward at the KL of {name}": name for name in TAILS}
-METHODS = ("expected reward", *TAILS, *EQUAL)
+EXPECTED = {f"expected reward, weight {weight:g}": weight for weight in FRONTIER}
+METHODS = (*EXPECTED, *TAILS)
 
 
 @dataclass
@@ -132,34 +132,15 @@ def run(store: Store, seeds: Sequence[int], quick: bool) -> None:
         for name in METHODS:
             store.get(
                 f"{chosen.name}/{name}/{seed}",
-                lambda task=task, name=name, seed=seed: tuned(store, task, name, seed),
+                lambda task=task, name=name: told(task, tuned(task, name)),
             )
 
 
-def tuned(store: Store, task: Task, name: str, seed: int) -> Record:
-    """One method, trained and measured."""
-    if name in EQUAL:
-        pick = f"{task.chosen.name}/{{}}/{seed}"
-        own, wanted = (
-            store.known[pick.format(n)]["result"]["path_kl"][0] for n in (METHODS[0], EQUAL[name])
-        )
-        model, weight = expected_at(task, wanted, own)
-        return told(task, model) | {"weight": weight}
-    solve = {"expected reward": expected, "FDC": fdc, "TFFT": tfft}[name]
-    return told(task, solve(task, WEIGHT).model) | {"weight": WEIGHT}
-
-
-def expected_at(task: Task, wanted: float, own: float) -> tuple[FlowModel, float]:
-    """Expected reward at a path KL, from its KL ``own`` at ``WEIGHT``: the KL of a gentle tilt
-    falls with the square of the weight."""
-    weight, kl = WEIGHT, own
-    for _ in range(3):
-        weight *= math.sqrt(max(kl, 1e-6) / max(wanted, 1e-6))
-        solution = expected(task, weight)
-        kl = solution.stats["path_kl"]
-        if abs(kl - wanted) < CLOSE * wanted:
-            break
-    return solution.model, weight
+def tuned(task: Task, name: str) -> FlowModel:
+    """By one of the methods."""
+    if name in EXPECTED:
+        return expected(task, EXPECTED[name]).model
+    return {"FDC": fdc, "TFFT": tfft}[name](task).model
 
 
 def expected(task: Task, weight: float) -> Solution[FlowModel]:
@@ -167,19 +148,19 @@ def expected(task: Task, weight: float) -> Solution[FlowModel]:
     return task.solver().solve(problem, task.context("expected"))
 
 
-def fdc(task: Task, weight: float) -> Solution[FlowModel]:
+def fdc(task: Task) -> Solution[FlowModel]:
     """Mirror descent: the hinge at the current quantile, in anchored steps of equal rates."""
-    rates = [1 / (weight * ITERATIONS)] * ITERATIONS
+    rates = [1 / (WEIGHT * ITERATIONS)] * ITERATIONS
     return mirror_descent(
-        task.utility - weight * KL(task.prior), task.model, task.solver(1 / ITERATIONS), rates,
+        task.utility - WEIGHT * KL(task.prior), task.model, task.solver(1 / ITERATIONS), rates,
         density=task.density, context=task.context("fdc"), prior=task.prior,
     )  # fmt: skip
 
 
-def tfft(task: Task, weight: float) -> Solution[FlowModel]:
+def tfft(task: Task) -> Solution[FlowModel]:
     """One training for the hinge at the best threshold of the bank."""
     return tail_aware(
-        task.utility, task.model, task.solver(), weight=weight, prior=task.prior,
+        task.utility, task.model, task.solver(), weight=WEIGHT, prior=task.prior,
         context=task.context("tfft"), bank_size=task.chosen.bank, anyway=True, tail_samples=40,
     )  # fmt: skip
 
@@ -221,27 +202,36 @@ def section(store: Store) -> str:
 
 
 def compared(store: Store, name: str) -> list[str]:
-    """Differences at the same KL, seed by seed on the same noise, with their error."""
+    """What a tail gains and what it costs, against expected reward at its path KL, with the error
+    of the mean over seeds."""
+    labels = {"tail": "best fifth", "mean": "mean", "valid": "valid"}
     lines = []
-    for equal, method in EQUAL.items():
-        pairs = list(
-            zip(
-                lab.by_seed(store, f"{name}/{method}/"),
-                lab.by_seed(store, f"{name}/{equal}/"),
-                strict=False,  # the last seed may be under way
-            )
-        )
-        if pairs:
+    for method in TAILS:
+        seeds = [key.rsplit("/", 1)[1] for key in store.known if f"{name}/{method}/" in key]
+        gains = [gain(store, name, method, seed) for seed in seeds]
+        if gains:
+            each = [Estimate.of(torch.tensor([g[key] for g in gains])) for key in labels]
             told = ", ".join(
-                f"{what} {gain(pairs, key)}"
-                for what, key in (("best fifth", "tail"), ("mean", "mean"), ("valid", "valid"))
+                f"{what} {e.value:+.2f}" + (f" ± {e.standard_error:.2f}" if e.count > 1 else "")
+                for what, e in zip(labels.values(), each, strict=True)
             )
-            lines.append(f"{method} less {equal}: {told}.")
+            lines.append(f"{method} less expected reward at the same path KL: {told}.")
     return lines
 
 
-def gain(pairs: Sequence[tuple[Record, Record]], key: str) -> str:
-    differences = torch.tensor([a[key][0] - b[key][0] for a, b in pairs])
-    found = Estimate.of(differences)
-    error = f" ± {found.standard_error:.2f}" if found.count > 1 else ""
-    return f"{found.value:+.2f}{error}"
+def gain(store: Store, name: str, method: str, seed: str) -> Record:
+    """A method less expected reward at its path KL: between the two weights around it, or beyond
+    the last, on a straight line in the root of the KL, with which a gentle tilt moves; on the
+    same noise."""
+    rows = [
+        store.known[f"{name}/{label}/{seed}"]["result"] for label in ("pre-trained", *EXPECTED)
+    ]
+    found = store.known[f"{name}/{method}/{seed}"]["result"]
+    at = [math.sqrt(row["path_kl"][0]) for row in rows]
+    wanted = math.sqrt(found["path_kl"][0])
+    k = max(i for i in range(len(at) - 1) if i == 0 or at[i] <= wanted)
+    share = (wanted - at[k]) / (at[k + 1] - at[k])
+    return {
+        key: found[key][0] - (1 - share) * rows[k][key][0] - share * rows[k + 1][key][0]
+        for key in ("tail", "mean", "valid")
+    }

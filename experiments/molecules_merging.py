@@ -46,7 +46,7 @@ class Task:
         """The model, its copy that is tuned for energy, and the same network long before."""
         return {
             "model": self.energy.plain,
-            "copy": energy.expected(self.energy, energy.WEIGHT).model,
+            "copy": energy.expected(self.energy, energy.FRONTIER[-1]).model,
             "twin": lab.edm(21).with_atoms(energy.ATOMS),
         }
 

@@ -50,17 +50,19 @@ def test_a_table_tells_everything_together(tmp_path: Path) -> None:
     assert molecules_validity.section(Store(tmp_path / "none.json")) == ""
 
 
-def test_gains_in_the_tail_are_compared_seed_by_seed(tmp_path: Path) -> None:
-    """5 and 6 against 4 and 3: 2 with the error sqrt(2) / sqrt(2)."""
-    equal = next(iter(molecules_energy.EQUAL))
-    tails = {molecules_energy.EQUAL[equal]: (5.0, 6.0), equal: (4.0, 3.0)}
+def test_tails_are_compared_at_their_path_kl(tmp_path: Path) -> None:
+    """Tails 4, 5, 6, 7 at KL 0, 1, 4, 9: 5.5 at 2.25. 6.5 and 8.5 are 1 and 3 more: 2 +- 1."""
+    labels = ("pre-trained", *molecules_energy.EXPECTED)
+    told = {"mean": [1.0, 0.1], "valid": [0.5, 0.1]}
     results = {
-        f"cpu/{method}/{seed}": {"tail": [value, 0.1], "mean": [1.0, 0.1], "valid": [0.5, 0.1]}
-        for method, values in tails.items()
-        for seed, value in enumerate(values)
+        f"cpu/{label}/{seed}": told | {"tail": [4.0 + k, 0.1], "path_kl": [float(k**2), 0.1]}
+        for k, label in enumerate(labels)
+        for seed in (0, 1)
     }
+    for seed, tail in enumerate((6.5, 8.5)):
+        results[f"cpu/FDC/{seed}"] = told | {"tail": [tail, 0.1], "path_kl": [2.25, 0.1]}
     text = molecules_energy.section(store(tmp_path / "energy.json", results))
-    assert f"FDC less {equal}: best fifth +2.00 ± 1.00, mean +0.00 ± 0.00" in text
+    assert "FDC less expected reward at the same path KL: best fifth +2.00 ± 1.00, mean" in text
     assert "TFFT less" not in text
 
 
