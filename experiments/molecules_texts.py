@@ -58,9 +58,8 @@ by hundredths of an Angstrom, so that only the last fifth of the steps is tuned,
 guidance along the gradient of the same reward with a longer reach, at the predicted molecule: a
 gain that depends on time and reward, 1,500 numbers. Expected reward, and for reliability the left
 CVaR of the worse half (tail-aware, one training), each with a rate that was chosen so that the
-path KLs are alike: at one rate a tail, which pulls harder where it acts, goes several times as
-far. Uniqueness and Vendi say that this is no collapse; stable atoms, that bonds were not merely
-stretched.
+path KLs are alike: at one rate the tail goes several times as far. Uniqueness and Vendi say that
+this is no collapse; stable atoms, that bonds were not merely stretched.
 """
 
 DIVERSITY = """
