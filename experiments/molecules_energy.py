@@ -13,7 +13,7 @@ import torch
 from molecules_lab import Setting
 from toys import Record, Store
 
-from tiltflow.algorithms import mirror_descent, tail_aware
+from tiltflow.algorithms import mirror_descent, smallest_weight, tail_aware
 from tiltflow.context import Context
 from tiltflow.density import FlowDensity
 from tiltflow.divergences import KL
@@ -60,7 +60,7 @@ CLIP = 16.0
 ITERATIONS = 2
 """Of FDC."""
 
-TAILS = ("FDC", "TFFT")
+TAILS = ("FDC, one step", "FDC", "TFFT")
 EXPECTED = {f"expected reward, weight {weight:g}": weight for weight in FRONTIER}
 METHODS = (*EXPECTED, *TAILS)
 
@@ -140,7 +140,9 @@ def tuned(task: Task, name: str) -> FlowModel:
     """By one of the methods."""
     if name in EXPECTED:
         return expected(task, EXPECTED[name]).model
-    return {"FDC": fdc, "TFFT": tfft}[name](task).model
+    if name == "TFFT":
+        return tfft(task).model
+    return fdc(task, 1 if name == "FDC, one step" else ITERATIONS).model
 
 
 def expected(task: Task, weight: float) -> Solution[FlowModel]:
@@ -148,19 +150,22 @@ def expected(task: Task, weight: float) -> Solution[FlowModel]:
     return task.solver().solve(problem, task.context("expected"))
 
 
-def fdc(task: Task) -> Solution[FlowModel]:
-    """Mirror descent: the hinge at the current quantile, in anchored steps of equal rates."""
-    rates = [1 / (WEIGHT * ITERATIONS)] * ITERATIONS
+def fdc(task: Task, steps: int) -> Solution[FlowModel]:
+    """Mirror descent: the hinge at the current quantile, in anchored steps of equal rates; one
+    step costs one training."""
+    rates = [1 / (WEIGHT * steps)] * steps
     return mirror_descent(
-        task.utility - WEIGHT * KL(task.prior), task.model, task.solver(1 / ITERATIONS), rates,
+        task.utility - WEIGHT * KL(task.prior), task.model, task.solver(1 / steps), rates,
         density=task.density, context=task.context("fdc"), prior=task.prior,
     )  # fmt: skip
 
 
 def tfft(task: Task) -> Solution[FlowModel]:
-    """One training for the hinge at the best threshold of the bank."""
+    """One training for the hinge at the best threshold of the bank, at the smallest weight that
+    the bank supports: at less, the threshold is beyond nearly all of its samples."""
+    weight = max(WEIGHT, 1.01 * smallest_weight(task.utility, task.prior))
     return tail_aware(
-        task.utility, task.model, task.solver(), weight=WEIGHT, prior=task.prior,
+        task.utility, task.model, task.solver(), weight=weight, prior=task.prior,
         context=task.context("tfft"), bank_size=task.chosen.bank, anyway=True, tail_samples=40,
     )  # fmt: skip
 

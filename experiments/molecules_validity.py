@@ -34,8 +34,7 @@ LATE = 0.2
 hundredths of an Angstrom; earlier steps say little of it."""
 
 RATES = {"expected reward": 6000.0, "left CVaR": 550.0}
-"""1 / weight of the KL, for a reward that is about -1 where one bond is clearly wrong. At one
-rate the tail goes several times as far; these come to about the same path KL."""
+"""1 / weight of the KL, for a reward that is about -1 where one bond is clearly wrong."""
 
 CLIP = 16.0
 """Adjoints are heavy-tailed where paths part; shorter targets than this stop short of the rate."""
@@ -128,6 +127,11 @@ HEADER = lab.header("reward", "its worse half")
 
 
 def section(store: Store) -> str:
-    """A table of means over seeds for each setting."""
+    """A table of means over seeds for each setting, and the seeds."""
     parts = lab.tables(store, ("pre-trained", *RATES), TOLD, HEADER)
-    return "\n".join([texts.VALIDITY.strip(), "", *parts]) if parts else ""
+    rows = [
+        lab.row(key, entry["result"], TOLD)
+        for key, entry in store.known.items()
+        if "pre-trained" not in key
+    ]
+    return "\n".join([texts.VALIDITY.strip(), "", *parts, HEADER, *rows]) if parts else ""
