@@ -216,6 +216,33 @@ def test_missing_conditions_are_named() -> None:
         image.model.endpoint(noise(image.model), 0.5)
 
 
+@pytest.mark.parametrize("negative", [None, "ugly"])
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3"])
+def test_texts_are_encoded_as_the_pipeline_does(
+    kind: str, negative: str | None, tmp_path: Path
+) -> None:
+    """The same images as from a call with texts, with and without a negative prompt."""
+    pipeline, texts = tiny.with_text_encoders(kind, tmp_path), ["a cat", "dog"]
+    image = adapted(pipeline, prompts=texts, guidance=Guidance(3.0, negative=negative), lora=None)
+    assert image.prompts is not None
+    assert image.prompts.texts == ("a cat", "dog")
+    start, cond = noise(image.model), image.prompts.at(torch.arange(2))
+    own = image.decode(sampled(image.sampler(STEPS, noise=False), image.model, start, cond))
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(
+        texts, negative_prompt=None if negative is None else [negative] * 2, height=16, width=16,
+        guidance_scale=3.0, num_inference_steps=STEPS, latents=start.clone(), output_type="pt",
+    ).images  # fmt: skip
+    assert float((own - torch.as_tensor(theirs)).abs().max()) < 1e-5
+    swapped = sampled(
+        image.sampler(STEPS, noise=False),
+        image.model,
+        start,
+        image.prompts.at(torch.tensor([1, 0])),
+    )
+    assert float((image.decode(swapped) - own).abs().max()) > 1e-4
+
+
 # --- decoding ------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +44,54 @@ def vae(**config: Any) -> Any:
     return AutoencoderKL(**{**settings, **config})
 
 
+def tokenizer(folder: Path) -> Any:
+    """One token for each letter, from files that are written here."""
+    from transformers import CLIPTokenizer
+
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{a}</w>" for a in letters)]
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = {word: number for number, word in enumerate(words)}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    return CLIPTokenizer.from_pretrained(folder, model_max_length=TOKENS)
+
+
+def text_encoder(projection: int | None = None) -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=54, hidden_size=WIDTH, intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=TOKENS, projection_dim=projection or WIDTH,
+        bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    return CLIPTextModel(config) if projection is None else CLIPTextModelWithProjection(config)
+
+
+def with_text_encoders(kind: str, folder: Path) -> Any:
+    """Pipelines that read prompts: Stable Diffusion, XL, and 3 without T5."""
+    from diffusers import (
+        StableDiffusion3Pipeline,
+        StableDiffusionPipeline,
+        StableDiffusionXLPipeline,
+    )
+
+    words = tokenizer(folder)
+    if kind == "sd":
+        parts = {**stable_diffusion().components, "text_encoder": text_encoder()}
+        parts["tokenizer"] = words
+        return StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    if kind == "sdxl":
+        parts = {**stable_diffusion_xl(2 * WIDTH).components, "text_encoder": text_encoder(),
+                 "text_encoder_2": text_encoder(POOLED), "tokenizer": words,
+                 "tokenizer_2": words}  # fmt: skip
+        return StableDiffusionXLPipeline(**parts, add_watermarker=False)
+    encoders = {f"text_encoder{end}": text_encoder(POOLED // 2) for end in ("", "_2")}
+    tokenizers = {"tokenizer": words, "tokenizer_2": words}
+    parts = {**stable_diffusion_3(width=2 * WIDTH).components, **encoders, **tokenizers}
+    return StableDiffusion3Pipeline(**parts)
+
+
 def unconditional(**config: Any) -> Any:
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
@@ -63,20 +113,20 @@ def stable_diffusion(scheduler: Any = None) -> Any:
     )
 
 
-def stable_diffusion_xl() -> Any:
+def stable_diffusion_xl(width: int = WIDTH) -> Any:
     from diffusers import StableDiffusionXLPipeline
 
     torch.manual_seed(3)
     net = unet(
         addition_embed_type="text_time", addition_time_embed_dim=4,
-        projection_class_embeddings_input_dim=6 * 4 + POOLED,
+        projection_class_embeddings_input_dim=6 * 4 + POOLED, cross_attention_dim=width,
     )  # fmt: skip
     return StableDiffusionXLPipeline(
         vae(), None, None, None, None, net, ddim(), add_watermarker=False
     )
 
 
-def stable_diffusion_3(**config: Any) -> Any:
+def stable_diffusion_3(width: int = WIDTH, **config: Any) -> Any:
     from diffusers import (
         FlowMatchEulerDiscreteScheduler,
         SD3Transformer2DModel,
@@ -86,7 +136,7 @@ def stable_diffusion_3(**config: Any) -> Any:
     torch.manual_seed(4)
     net = SD3Transformer2DModel(
         sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=4,
-        num_attention_heads=2, joint_attention_dim=WIDTH, caption_projection_dim=8,
+        num_attention_heads=2, joint_attention_dim=width, caption_projection_dim=8,
         pooled_projection_dim=POOLED, out_channels=4, pos_embed_max_size=8,
     )  # fmt: skip
     return StableDiffusion3Pipeline(
