@@ -162,6 +162,31 @@ def test_shift_by_the_size_of_the_image() -> None:
     assert float((own - images_of(pipeline, "sd3", start, given, None, 1.0)).abs().max()) < 1e-5
 
 
+@pytest.mark.parametrize("told", [None, 2.5])
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_flux(told: float | None, scale: float) -> None:
+    """Packed latents, a shift by size, guidance as an input and as two evaluations."""
+    pipeline, given, nothing = tiny.flux(told is not None), tiny.prompts("flux"), None
+    if scale > 1:
+        nothing = tiny.prompts("flux", 1, 8)
+    guidance = None if nothing is None else Guidance(scale, negative=nothing)
+    image = adapted(
+        pipeline, prompts=given, guidance=guidance, size=(16, 24), lora=None, told=told or 3.5
+    )
+    start, cond = noise(image.model), given.at(torch.arange(2))
+    own = image.decode(sampled(image.sampler(STEPS, noise=False), image.model, start, cond))
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(
+        **tiny.embeddings("flux", given, nothing), height=16, width=24, true_cfg_scale=scale,
+        guidance_scale=told, num_inference_steps=STEPS, output_type="pt",
+        latents=pipeline._pack_latents(start, 2, 4, 8, 12),
+    ).images  # fmt: skip
+    assert float((own - torch.as_tensor(theirs)).abs().max()) < 1e-5
+    assert own.shape == (2, 3, 16, 24)
+    with pytest.raises(ConfigError, match="multiples of 4"):
+        adapted(pipeline, prompts=given, size=(16, 18))
+
+
 # --- prompts -------------------------------------------------------------------------------------
 
 
@@ -241,6 +266,27 @@ def test_texts_are_encoded_as_the_pipeline_does(
         image.prompts.at(torch.tensor([1, 0])),
     )
     assert float((image.decode(swapped) - own).abs().max()) > 1e-4
+
+
+@pytest.mark.parametrize("kind", ["sana", "pixart", "flux"])
+def test_long_texts_are_encoded_as_the_pipeline_does(kind: str, tmp_path: Path) -> None:
+    """Encodings and masks of the text encoders that read hundreds of tokens."""
+    pipeline, texts = tiny.with_text_encoders(kind, tmp_path), ["a cat", "dog"]
+    image = adapted(pipeline, prompts=texts, guidance=Guidance(3.0), size=(32, 32), lora=None)
+    assert image.prompts is not None
+    start, cond = noise(image.model), image.prompts.at(torch.arange(2))
+    own = image.decode(sampled(image.sampler(STEPS, noise=False), image.model, start, cond))
+    pipeline.set_progress_bar_config(disable=True)
+    latents, scale = start.clone(), {"guidance_scale": 3.0, "use_resolution_binning": False}
+    if kind == "flux":
+        latents = pipeline._pack_latents(start, 2, 4, 16, 16)
+        scale = {"true_cfg_scale": 3.0, "negative_prompt": ["", ""]}
+    theirs = pipeline(
+        texts, height=32, width=32, num_inference_steps=STEPS, latents=latents, output_type="pt",
+        **scale,
+    ).images  # fmt: skip
+    assert float((own - torch.as_tensor(theirs)).abs().max()) < 1e-5
+    assert float((own[0] - own[1]).abs().max()) > 1e-4
 
 
 # --- decoding ------------------------------------------------------------------------------------

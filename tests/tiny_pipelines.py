@@ -11,7 +11,7 @@ import torch
 from tiltflow.adapters.diffusers_prompts import Prompts
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-TOKENS, WIDTH, POOLED = 5, 8, 12
+TOKENS, WIDTH, POOLED = 8, 8, 12
 
 
 def ddim(**config: Any) -> Any:
@@ -68,15 +68,34 @@ def text_encoder(projection: int | None = None) -> Any:
     return CLIPTextModel(config) if projection is None else CLIPTextModelWithProjection(config)
 
 
+def t5() -> Any:
+    from transformers import T5Config, T5EncoderModel
+
+    config = T5Config(
+        vocab_size=54, d_model=WIDTH, d_kv=4, d_ff=16, num_layers=1, num_heads=2,
+        decoder_start_token_id=0, pad_token_id=1,
+    )  # fmt: skip
+    return T5EncoderModel(config).eval()
+
+
 def with_text_encoders(kind: str, folder: Path) -> Any:
-    """Pipelines that read prompts: Stable Diffusion, XL, and 3 without T5."""
+    """Pipelines that read prompts. T5's and Gemma's tokenizers are CLIP's here, Gemma is T5."""
     from diffusers import (
+        FluxPipeline,
+        PixArtAlphaPipeline,
+        SanaPipeline,
         StableDiffusion3Pipeline,
         StableDiffusionPipeline,
         StableDiffusionXLPipeline,
     )
 
     words = tokenizer(folder)
+    if kind in ("sana", "pixart"):
+        made = SanaPipeline if kind == "sana" else PixArtAlphaPipeline
+        return made(**{**KINDS[kind]().components, "tokenizer": words, "text_encoder": t5()})
+    if kind == "flux":
+        parts = {**flux(pooled=WIDTH).components, "tokenizer": words, "tokenizer_2": words}
+        return FluxPipeline(**{**parts, "text_encoder": text_encoder(), "text_encoder_2": t5()})
     if kind == "sd":
         parts = {**stable_diffusion().components, "text_encoder": text_encoder()}
         parts["tokenizer"] = words
@@ -182,11 +201,24 @@ def pixart() -> Any:
     return PixArtAlphaPipeline(None, None, vae(), net, ddim())
 
 
+def flux(guided: bool = False, pooled: int = POOLED) -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    torch.manual_seed(7)
+    net = FluxTransformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=12,
+        num_attention_heads=2, joint_attention_dim=WIDTH, pooled_projection_dim=pooled,
+        guidance_embeds=guided, axes_dims_rope=(4, 4, 4),
+    )  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_image_seq_len=4)
+    return FluxPipeline(scheduler, vae(shift_factor=0.1), None, None, None, None, net)
+
+
 def prompts(kind: str, count: int = 2, seed: int = 7) -> Prompts:
     """Encodings of as many prompts as a kind of pipeline takes them."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {"text": torch.randn(count, TOKENS, WIDTH, generator=generator)}
-    if kind in ("sdxl", "sd3"):
+    if kind in ("sdxl", "sd3", "flux"):
         tensors["pooled"] = torch.randn(count, POOLED, generator=generator)
     if kind == "sdxl":
         tensors["sizes"] = torch.tensor([[16.0, 16, 0, 0, 16, 16]]).expand(count, 6)

@@ -1,6 +1,6 @@
 """Pipelines of diffusers as flow models: pixel and latent diffusion, flow-matching transformers.
 
-Stable Diffusion 1, 2 and XL, Stable Diffusion 3, PixArt, SANA, and unconditional DDPM. Loading is
+Stable Diffusion 1, 2, XL and 3, PixArt, SANA, Flux, and unconditional DDPM. Loading is
 diffusers' own; schedules and grids come from the pipeline's scheduler (``diffusers_schedules``),
 prompts from its text encoders, images from its VAE. Sampling and training are this library's.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, final
 
@@ -52,10 +53,15 @@ class ImageModel:
         Raises:
             ConfigError, UnsupportedError: as ``diffusers_schedules.times_of``.
         """
-        return sampler_of(self.pipeline.scheduler, num_steps, noise=noise, mu=self._mu())
+        sigmas = None
+        if _part(self.pipeline) == "transformer" and _is_flux(self.pipeline.transformer):
+            sigmas = [1 - k / num_steps for k in range(num_steps)]  # its pipeline's own choice
+        return sampler_of(
+            self.pipeline.scheduler, num_steps, noise=noise, sigmas=sigmas, mu=self._mu()
+        )
 
     def _mu(self) -> float | None:
-        """Shift by size, as the pipeline of Stable Diffusion 3 computes it."""
+        """Shift by size, as the pipelines of Stable Diffusion 3 and Flux compute it."""
         config = self.pipeline.scheduler.config
         if not config.get("use_dynamic_shifting"):
             return None
@@ -64,7 +70,8 @@ class ImageModel:
         )
 
         _, height, width = self.model.space.event
-        patch = self.pipeline.transformer.config.patch_size
+        net = self.pipeline.transformer
+        patch = 2 if _is_flux(net) else net.config.patch_size
         names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
         given = {name: config[name] for name in names}
         given = {("base_seq_len", "max_seq_len", "base_shift", "max_shift")[i]: v
@@ -126,6 +133,7 @@ def load_pipeline(
     guidance: Guidance | None = None,
     size: tuple[int, int] | None = None,
     lora: int | None = 16,
+    told: float = 3.5,
     **kwargs: Any,
 ) -> ImageModel:
     """A pipeline from a folder or the hub, by ``DiffusionPipeline.from_pretrained``.
@@ -136,6 +144,7 @@ def load_pipeline(
         guidance: as for ``adapted``.
         size: as for ``adapted``.
         lora: as for ``adapted``.
+        told: as for ``adapted``.
         kwargs: of ``from_pretrained``, e.g. ``torch_dtype``, ``variant``, ``revision``.
             ``use_safetensors=True`` unless said otherwise: pickled weights can run code.
 
@@ -150,7 +159,9 @@ def load_pipeline(
             "load_pipeline needs diffusers: pip install 'tiltflow[diffusers]'."
         ) from None
     pipeline = DiffusionPipeline.from_pretrained(name, **{"use_safetensors": True, **kwargs})
-    return adapted(pipeline, prompts=prompts, guidance=guidance, size=size, lora=lora)
+    return adapted(
+        pipeline, prompts=prompts, guidance=guidance, size=size, lora=lora, told=told
+    )  # fmt: skip
 
 
 def adapted(
@@ -160,16 +171,19 @@ def adapted(
     guidance: Guidance | None = None,
     size: tuple[int, int] | None = None,
     lora: int | None = 16,
+    told: float = 3.5,
 ) -> ImageModel:
     """A pipeline of diffusers as a flow model.
 
     Args:
-        pipeline: of Stable Diffusion 1, 2, XL or 3, PixArt, SANA, or DDPM / DDIM without
+        pipeline: of Stable Diffusion 1, 2, XL or 3, PixArt, SANA, Flux, or DDPM / DDIM without
             conditions.
         prompts: texts, encoded once, or encodings; none for unconditional models.
         guidance: ``None`` for none.
         size: height and width of images in pixels; the model's own by default.
         lora: rank of the adapters that are trained; ``None`` trains all weights.
+        told: the ``guidance_scale`` that a distilled model is told (Flux dev), which is one input
+            of the network and no ``Guidance``.
 
     Raises:
         ConfigError: if prompts are missing, or not wanted; if the size does not fit.
@@ -177,7 +191,7 @@ def adapted(
     """
     part = _part(pipeline)
     backbone = getattr(pipeline, part)
-    call = _call_of(backbone)
+    call = _call_of(backbone, told)
     scheduler, vae = pipeline.scheduler, _vae(pipeline)
     schedule, kind = schedule_of(scheduler), prediction_of(scheduler)
     event, size = _event(backbone, vae, pipeline, size)
@@ -217,7 +231,13 @@ def _vae(pipeline: Any) -> Any:
     return getattr(pipeline, "vae", None)
 
 
-def _call_of(backbone: Any) -> nets.Call:
+def _is_flux(backbone: Any) -> bool:
+    return type(backbone).__name__ == "FluxTransformer2DModel"
+
+
+def _call_of(backbone: Any, told: float) -> nets.Call:
+    if _is_flux(backbone):
+        return partial(nets.of_packed, told=told if backbone.config.guidance_embeds else None)
     name = type(backbone).__name__
     if name == "UNet2DModel" and not backbone.config.get("num_class_embeds"):
         return nets.of_images
@@ -244,13 +264,17 @@ def _event(
 ) -> tuple[tuple[int, int, int], tuple[int, int]]:
     """Shape of a state, and height and width of the images."""
     factor = 1 if vae is None else int(pipeline.vae_scale_factor)
+    channels, multiple = int(backbone.config.in_channels), factor
+    if _is_flux(backbone):
+        channels, multiple = channels // 4, 2 * factor
+        size = size or (128 * factor, 128 * factor)
     if size is None:
         own = backbone.config.sample_size
         height, width = (own, own) if isinstance(own, int) else own
         size = (height * factor, width * factor)
-    if any(n < 1 or n % factor for n in size):
-        raise ConfigError(f"adapted: size={size} must be multiples of {factor} pixels.")
-    return (int(backbone.config.in_channels), size[0] // factor, size[1] // factor), size
+    if any(n < 1 or n % multiple for n in size):
+        raise ConfigError(f"adapted: size={size} must be multiples of {multiple} pixels.")
+    return (channels, size[0] // factor, size[1] // factor), size
 
 
 def _backbone(model: FlowModel) -> nn.Module:

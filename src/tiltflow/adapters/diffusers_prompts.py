@@ -25,8 +25,8 @@ class Prompts:
 
     Args:
         tensors: encodings of leading length N: ``"text"`` (N, tokens, width); ``"pooled"``
-            (N, width) for Stable Diffusion XL and 3; ``"text_mask"`` (N, tokens) for PixArt and
-            SANA; ``"sizes"`` (N, 6) for XL.
+            (N, width) for Stable Diffusion XL and 3, and Flux; ``"text_mask"`` (N, tokens) for
+            PixArt and SANA; ``"sizes"`` (N, 6) for XL.
         texts: the prompts, if they are known.
 
     Raises:
@@ -116,7 +116,7 @@ def encoded(
     """Prompts and the negative prompt of a pipeline, by its own ``encode_prompt``.
 
     Args:
-        pipeline: of Stable Diffusion 1, 2, XL or 3, PixArt or SANA, with its text encoders.
+        pipeline: of Stable Diffusion 1, 2, XL or 3, PixArt, SANA or Flux, with its text encoders.
         texts: prompts.
         size: height and width of the images in pixels, which XL is told.
         negative: prompt for guidance; ``None`` is what the pipeline itself takes for none.
@@ -200,7 +200,16 @@ def _masked(pipeline: Any, texts: list[str], negative: str | None) -> Encoded:
     return {"text": text, "text_mask": mask}, {"text": nothing, "text_mask": mask_nothing}
 
 
+def _two(pipeline: Any, texts: list[str], negative: str | None) -> Encoded:
+    """Flux encodes one list of texts at a time."""
+    both = []
+    for part in (texts, [negative or ""] * len(texts)):
+        text, pooled, _ = pipeline.encode_prompt(part, None, device=pipeline.device)
+        both.append({"text": text, "pooled": pooled})
+    return both[0], both[1]
+
+
 _ENCODERS: dict[str, Callable[[Any, list[str], str | None], Encoded]] = {
     "StableDiffusionXL": _pooled, "StableDiffusion3": _pooled, "StableDiffusionPipeline": _text,
-    "PixArt": _masked, "Sana": _masked,
+    "PixArt": _masked, "Sana": _masked, "FluxPipeline": _two,
 }  # fmt: skip
