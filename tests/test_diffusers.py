@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -361,3 +362,24 @@ def test_loading_is_that_of_diffusers(tmp_path: Path) -> None:
     pipeline.save_pretrained(tmp_path / "pickled", safe_serialization=False)
     with pytest.raises(OSError, match="safetensors"):
         load_pipeline(tmp_path / "pickled")
+
+
+def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example of docs/images.md, with a tiny pipeline and fewer steps."""
+    import diffusers
+
+    page = (Path(__file__).resolve().parent.parent / "docs" / "images.md").read_text("utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    asked: dict[str, Any] = {}
+
+    def stand_in(name: str, **kwargs: Any) -> Any:
+        asked.update(kwargs, name=name)
+        return tiny.with_text_encoders("sd", tmp_path / "words")
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", stand_in)
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, Any] = {}
+    exec(block.replace("sampler(50)", "sampler(10)").replace("=200", "=2"), scope)
+    assert asked["use_safetensors"] is True
+    assert (tmp_path / "tuned" / "pytorch_lora_weights.safetensors").is_file()
+    assert scope["image"].prompts.texts == ("a bird", "a lake")

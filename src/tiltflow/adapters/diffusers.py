@@ -134,6 +134,7 @@ def load_pipeline(
     size: tuple[int, int] | None = None,
     lora: int | None = 16,
     told: float = 3.5,
+    device: str | torch.device | None = None,
     **kwargs: Any,
 ) -> ImageModel:
     """A pipeline from a folder or the hub, by ``DiffusionPipeline.from_pretrained``.
@@ -145,6 +146,7 @@ def load_pipeline(
         size: as for ``adapted``.
         lora: as for ``adapted``.
         told: as for ``adapted``.
+        device: where the whole pipeline is put.
         kwargs: of ``from_pretrained``, e.g. ``torch_dtype``, ``variant``, ``revision``.
             ``use_safetensors=True`` unless said otherwise: pickled weights can run code.
 
@@ -159,6 +161,7 @@ def load_pipeline(
             "load_pipeline needs diffusers: pip install 'tiltflow[diffusers]'."
         ) from None
     pipeline = DiffusionPipeline.from_pretrained(name, **{"use_safetensors": True, **kwargs})
+    pipeline = pipeline if device is None else pipeline.to(device)
     return adapted(
         pipeline, prompts=prompts, guidance=guidance, size=size, lora=lora, told=told
     )  # fmt: skip
