@@ -379,7 +379,10 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", stand_in)
     monkeypatch.chdir(tmp_path)
     scope: dict[str, Any] = {}
-    exec(block.replace("sampler(50)", "sampler(10)").replace("=200", "=2"), scope)
+    exec(
+        block.replace("sampler(50)", "sampler(5)").replace("=200", "=2").replace("=10,", "=2,"),
+        scope,
+    )
     assert asked["use_safetensors"] is True
     assert (tmp_path / "tuned" / "pytorch_lora_weights.safetensors").is_file()
     assert scope["image"].prompts.texts == ("a bird", "a lake")

@@ -15,7 +15,7 @@ import tiny_pipelines as tiny
 from tiltflow.adapters.diffusers import Guidance, ImageModel, adapted
 from tiltflow.algorithms.averaging import averaged
 from tiltflow.context import Context, SingleProcess
-from tiltflow.errors import UnsupportedError
+from tiltflow.errors import ConfigError, UnsupportedError
 from tiltflow.flow import FlowModel, behaviour_of, freeze
 from tiltflow.potential import Differentiable
 from tiltflow.problem import ControlProblem
@@ -86,6 +86,21 @@ def test_rollouts_alone_are_guided() -> None:
     assert torch.allclose(out, by_hand(tuned, x, 0.4, 1), atol=1e-5)
     own = {id(p) for p in tuned.net.parameters()}
     assert {id(p) for p in behaviour.net.parameters()} == own
+
+
+def test_guidance_afterwards() -> None:
+    """A model tuned without guidance, sampled with it: the guided field of the tuned network."""
+    given = image("rollouts")
+    tuned = moved(given.model)
+    guided, behaviour = given.guided(tuned, SCALE), behaviour_of(tuned)
+    assert behaviour is not None
+    x, cond = tuned.space.noise(3, Seed(0).generator()), tiny.prompts("sd3").of(1, 3)
+    with torch.no_grad():
+        out = guided.velocity(x, 0.4, cond)
+        assert torch.equal(out, behaviour.velocity(x, 0.4, cond))
+    assert behaviour_of(guided) is None
+    with pytest.raises(ConfigError, match="not known"):
+        image(None).guided(image(None).model, SCALE)
 
 
 def rolled(mode: str) -> tuple[Rollout, FlowModel, FlowModel, Sampler]:

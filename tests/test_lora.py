@@ -183,6 +183,22 @@ def plainly(pipeline: Any, kind: str, start: Tensor) -> Tensor:
     return torch.as_tensor(out.images)
 
 
+def test_half_precision() -> None:
+    """Networks in bfloat16: adapters and states are in single precision, and adapters move."""
+    pipeline = tiny.stable_diffusion()
+    pipeline.unet.to(torch.bfloat16)
+    image = adapted(pipeline, prompts=tiny.prompts("sd"), lora=4)
+    x = image.model.space.noise(2, Seed(0).generator())
+    cond = tiny.prompts("sd").of(0, 2)
+    assert {p.dtype for p in image.model.trainable.parameters()} == {torch.float32}
+    tuned = tuned_by(image, updates=2)
+    with torch.no_grad():
+        before, after = image.model.noise(x, 0.5, cond), tuned.noise(x, 0.5, cond)
+    assert after.dtype == torch.float32
+    assert float((after - before).abs().max()) > 0
+    assert {p.dtype for p in tuned.net.parameters()} == {torch.float32, torch.bfloat16}
+
+
 def adjoints(checkpointed: bool) -> tuple[Tensor, Tensor]:
     """Of a roll-out whose reference and tuned adapters differ, and the gradient of the tuned."""
     pipeline = tiny.stable_diffusion_3()

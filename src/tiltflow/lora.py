@@ -93,8 +93,8 @@ def with_lora(
     """The same model, trained by low-rank adapters; the function is unchanged until then.
 
     The scale of the adapters is 1 (peft's ``lora_alpha = rank``), so that their tensors alone say
-    what they do. The network of ``model`` is not changed, but its tensors are shared and get
-    ``requires_grad=False``.
+    what they do. Adapters of networks in half precision are in single precision. The network of
+    ``model`` is not changed, but its tensors are shared and get ``requires_grad=False``.
 
     Args:
         model: any flow model.
@@ -121,6 +121,9 @@ def with_lora(
             inject_adapter_in_model(config, net)
         except ValueError as error:
             raise ConfigError(f"with_lora: {error}") from None
+    for name, parameter in net.named_parameters():
+        if _is_adapter(name) and parameter.dtype in (torch.float16, torch.bfloat16):
+            parameter.data = parameter.data.float()  # small steps get lost in half precision
     return FlowModel(
         net.requires_grad_(False).eval(), model.schedule, model.space, predicts=model.predicts,
         delta=LoRA(), takes_cond=model.takes_cond, moments=model.moments,

@@ -9,16 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
-from tiltflow.adapters import diffusers_nets as nets
 from tiltflow.adapters.diffusers_decode import Decoder, pixels
-from tiltflow.adapters.diffusers_nets import PREDICTIONS, PipelineNet
+from tiltflow.adapters.diffusers_nets import (
+    PREDICTIONS,
+    PipelineNet,
+    call_of,
+    is_flux,
+    of_images,
+)
 from tiltflow.adapters.diffusers_prompts import Guidance, Prompts, conditions_of
 from tiltflow.adapters.diffusers_schedules import prediction_of, sampler_of, schedule_of
 from tiltflow.errors import ConfigError, UnsupportedError
@@ -54,7 +58,7 @@ class ImageModel:
             ConfigError, UnsupportedError: as ``diffusers_schedules.times_of``.
         """
         sigmas = None
-        if _part(self.pipeline) == "transformer" and _is_flux(self.pipeline.transformer):
+        if _part(self.pipeline) == "transformer" and is_flux(self.pipeline.transformer):
             sigmas = [1 - k / num_steps for k in range(num_steps)]  # its pipeline's own choice
         return sampler_of(
             self.pipeline.scheduler, num_steps, noise=noise, sigmas=sigmas, mu=self._mu()
@@ -71,12 +75,30 @@ class ImageModel:
 
         _, height, width = self.model.space.event
         net = self.pipeline.transformer
-        patch = 2 if _is_flux(net) else net.config.patch_size
-        names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-        given = {name: config[name] for name in names}
-        given = {("base_seq_len", "max_seq_len", "base_shift", "max_shift")[i]: v
-                 for i, v in enumerate(given.values())}  # fmt: skip
-        return float(calculate_shift((height // patch) * (width // patch), **given))
+        patch = 2 if is_flux(net) else net.config.patch_size
+        numbers = (config.base_image_seq_len, config.max_image_seq_len, config.base_shift,
+                   config.max_shift)  # fmt: skip
+        return float(calculate_shift((height // patch) * (width // patch), *numbers))
+
+    def guided(self, model: FlowModel, scale: float) -> FlowModel:
+        """This model, or a tuned one, with guidance in every output: to sample, not to train.
+
+        What a model without guidance was tuned to is its own law; guided samples are of another.
+
+        Raises:
+            ConfigError: if the conditions of nothing are not known: they are where prompts were
+                given as texts, or a ``Guidance`` with its negative prompt.
+        """
+        net = _net(model)
+        if not net.nothing:
+            raise ConfigError(
+                "guided: the encoding of the negative prompt is not known; give prompts as texts, "
+                "or Guidance(..., negative=Prompts(...))."
+            )
+        return FlowModel(
+            net.guided(scale), model.schedule, model.space, predicts=model.predicts,
+            delta=model.delta, takes_cond=model.takes_cond, moments=model.moments,
+        )  # fmt: skip
 
     def with_decoder(
         self,
@@ -194,12 +216,12 @@ def adapted(
     """
     part = _part(pipeline)
     backbone = getattr(pipeline, part)
-    call = _call_of(backbone, told)
+    call = call_of(backbone, told)
     scheduler, vae = pipeline.scheduler, _vae(pipeline)
     schedule, kind = schedule_of(scheduler), prediction_of(scheduler)
     event, size = _event(backbone, vae, pipeline, size)
     given, nothing = None, None
-    if call is not nets.of_images:
+    if call is not of_images:
         given, nothing = conditions_of(pipeline, prompts, guidance, size)
     elif len(prompts) or guidance is not None:
         raise ConfigError("adapted: the model takes no prompts, and has no guidance.")
@@ -234,41 +256,13 @@ def _vae(pipeline: Any) -> Any:
     return getattr(pipeline, "vae", None)
 
 
-def _is_flux(backbone: Any) -> bool:
-    return type(backbone).__name__ == "FluxTransformer2DModel"
-
-
-def _call_of(backbone: Any, told: float) -> nets.Call:
-    if _is_flux(backbone):
-        return partial(nets.of_packed, told=told if backbone.config.guidance_embeds else None)
-    name = type(backbone).__name__
-    if name == "UNet2DModel" and not backbone.config.get("num_class_embeds"):
-        return nets.of_images
-    if name == "UNet2DConditionModel":
-        calls = {None: nets.of_text, "text_time": nets.of_text_and_size}
-        plain = backbone.config.get("time_cond_proj_dim") is None
-        if plain and backbone.config.get("addition_embed_type") in calls:
-            return calls[backbone.config.get("addition_embed_type")]
-    calls_by_name = {
-        "SD3Transformer2DModel": nets.of_pooled_text,
-        "PixArtTransformer2DModel": nets.of_masked_text,
-        "SanaTransformer2DModel": nets.of_masked_text,
-    }
-    if name in calls_by_name and not backbone.config.get("guidance_embeds"):
-        return calls_by_name[name]
-    raise UnsupportedError(
-        f"This adapter does not know how to ask a {name} with this config. Make a FlowModel of "
-        "it: a module net(x, t, cond) in this library's time (docs/adapters.md)."
-    )
-
-
 def _event(
     backbone: Any, vae: Any, pipeline: Any, size: tuple[int, int] | None
 ) -> tuple[tuple[int, int, int], tuple[int, int]]:
     """Shape of a state, and height and width of the images."""
     factor = 1 if vae is None else int(pipeline.vae_scale_factor)
     channels, multiple = int(backbone.config.in_channels), factor
-    if _is_flux(backbone):
+    if is_flux(backbone):
         channels, multiple = channels // 4, 2 * factor
         size = size or (128 * factor, 128 * factor)
     if size is None:
@@ -280,10 +274,14 @@ def _event(
     return (channels, size[0] // factor, size[1] // factor), size
 
 
-def _backbone(model: FlowModel) -> nn.Module:
+def _net(model: FlowModel) -> PipelineNet:
     if not isinstance(model.net, PipelineNet):
-        raise ConfigError("The model was not made of this pipeline, or is a view of one.")
-    return model.net.backbone
+        raise ConfigError("The model was not made of a pipeline, or is a view of one.")
+    return model.net
+
+
+def _backbone(model: FlowModel) -> nn.Module:
+    return _net(model).backbone
 
 
 def _flags(pipeline: Any) -> dict[str, Any]:

@@ -8,13 +8,14 @@ end points or the velocity from noise to data.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
 from tiltflow.adapters.diffusers_schedules import timestep_of
-from tiltflow.errors import ShapeError
+from tiltflow.errors import ShapeError, UnsupportedError
 from tiltflow.flow import Prediction
 from tiltflow.schedule import Schedule
 from tiltflow.types import Cond, expand_as
@@ -210,3 +211,41 @@ def of_packed(
 
 def _first(out: Any) -> Tensor:
     return torch.as_tensor(out[0])
+
+
+def is_flux(backbone: Any) -> bool:
+    """Whether states are packed into tokens."""
+    return type(backbone).__name__ == "FluxTransformer2DModel"
+
+
+def call_of(backbone: Any, told: float) -> Call:
+    """How a network of diffusers is called.
+
+    Args:
+        backbone: the network.
+        told: the guidance that a distilled one is told.
+
+    Raises:
+        UnsupportedError: for other networks, or inputs that are not known here.
+    """
+    if is_flux(backbone):
+        return partial(of_packed, told=told if backbone.config.guidance_embeds else None)
+    name = type(backbone).__name__
+    if name == "UNet2DModel" and not backbone.config.get("num_class_embeds"):
+        return of_images
+    if name == "UNet2DConditionModel":
+        calls = {None: of_text, "text_time": of_text_and_size}
+        plain = backbone.config.get("time_cond_proj_dim") is None
+        if plain and backbone.config.get("addition_embed_type") in calls:
+            return calls[backbone.config.get("addition_embed_type")]
+    calls_by_name = {
+        "SD3Transformer2DModel": of_pooled_text,
+        "PixArtTransformer2DModel": of_masked_text,
+        "SanaTransformer2DModel": of_masked_text,
+    }
+    if name in calls_by_name and not backbone.config.get("guidance_embeds"):
+        return calls_by_name[name]
+    raise UnsupportedError(
+        f"This adapter does not know how to ask a {name} with this config. Make a FlowModel of "
+        "it: a module net(x, t, cond) in this library's time (docs/adapters.md)."
+    )
