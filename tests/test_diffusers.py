@@ -206,12 +206,26 @@ def test_prompts_are_conditions() -> None:
         Prompts({"text": torch.zeros(2, 5, 8), "pooled": torch.zeros(3, 4)})
 
 
+def inpainting() -> Any:
+    pipeline = tiny.stable_diffusion()
+    pipeline.register_modules(unet=tiny.unet(in_channels=9))
+    return pipeline
+
+
+def of_classes() -> Any:
+    pipeline = tiny.unconditional()
+    pipeline.unet.register_to_config(num_class_embeds=3)
+    return pipeline
+
+
 REFUSED: list[tuple[Any, type[Exception], str]] = [
     (lambda: adapted(tiny.stable_diffusion()), ConfigError, "give the prompts"),
     (lambda: adapted(tiny.stable_diffusion(), prompts="a cat"), ConfigError, "list of texts"),
     (lambda: adapted(tiny.stable_diffusion(), prompts=["a cat"]), UnsupportedError, "encode"),
     (lambda: adapted(tiny.unconditional(), prompts=["a cat"]), ConfigError, "no prompts"),
     (lambda: adapted(tiny.unconditional(), guidance=Guidance(2)), ConfigError, "no prompts"),
+    (lambda: adapted(inpainting(), prompts=tiny.prompts("sd")), UnsupportedError, "inpainting"),
+    (lambda: adapted(of_classes()), UnsupportedError, "does not know how to ask"),
     (lambda: Guidance(1.0), ConfigError, "above 1"),
     (lambda: Guidance(2.0, mode="none"), ConfigError, "leave it out"),  # type: ignore[arg-type]
     (
@@ -343,6 +357,10 @@ def test_decoding_in_tiles_and_in_low_precision() -> None:
     assert low.dtype == torch.float32
     assert 0 < float((low - whole).abs().mean()) < 0.01
     assert 0 < float((tiled - whole).abs().mean()) < 0.1
+    pipeline = tiny.stable_diffusion_3()
+    pipeline.vae.to(torch.float16)
+    assert Decoder(pipeline.vae).vae.dtype == torch.float32
+    assert Decoder(pipeline.vae, dtype=torch.float16).vae.dtype == torch.float16
     with pytest.raises(ConfigError, match="no VAE"):
         adapted(tiny.unconditional(), lora=None).with_decoder(tiled=True)
 

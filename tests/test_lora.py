@@ -172,8 +172,9 @@ def drawn(image: ImageModel, model: FlowModel, start: Tensor) -> Tensor:
 def plainly(pipeline: Any, kind: str, start: Tensor) -> Tensor:
     pipeline.set_progress_bar_config(disable=True)
     side, latents, options = 16, start.clone(), {}
-    if kind == "sana":
-        side, options = 32, {"use_resolution_binning": False, "negative_prompt": None}
+    if kind in ("sana", "pixart"):
+        options = {"use_resolution_binning": False, "negative_prompt": None}
+        side = 32 if kind == "sana" else 16
     if kind == "flux":
         latents = pipeline._pack_latents(start, 2, 4, 8, 8)
     out = pipeline(
@@ -247,6 +248,18 @@ def test_round_trip(kind: str, tmp_path: Path) -> None:
     whole = image.tuned_pipeline(tuned)
     assert float((plainly(whole, kind, start) - own).abs().max()) < 1e-5
     assert float((plainly(image.pipeline, kind, start) - before).abs().max()) < 1e-5
+
+
+def test_pipelines_without_lora_files(tmp_path: Path) -> None:
+    """PixArt's reads none; a pipeline with merged weights is the same."""
+    image = adapted(tiny.pixart(), prompts=tiny.prompts("pixart"), lora=4)
+    tuned = filled(image.model.clone())
+    with pytest.raises(UnsupportedError, match="tuned_pipeline"):
+        image.save_lora(tuned, tmp_path)
+    start = image.model.space.noise(2, Seed(8).generator())
+    own = drawn(image, tuned, start)
+    assert float((own - drawn(image, image.model, start)).abs().max()) > 1e-3
+    assert float((plainly(image.tuned_pipeline(tuned), "pixart", start) - own).abs().max()) < 1e-5
 
 
 def test_full_training_and_unconditional_models(tmp_path: Path) -> None:

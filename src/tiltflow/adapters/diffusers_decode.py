@@ -34,7 +34,8 @@ class Decoder:
             different images at the seams.
         checkpointed: keep no activations; the backward pass decodes a second time.
         dtype: of the decoding, e.g. ``torch.bfloat16``; makes a copy of the VAE where it differs.
-            The VAEs of Stable Diffusion 1 and XL overflow in float16.
+            By default the VAE's own, but float32 for one in float16 whose config says that it
+            overflows (``force_upcast``, Stable Diffusion XL).
 
     Raises:
         ConfigError: if the VAE cannot be tiled.
@@ -48,6 +49,8 @@ class Decoder:
         checkpointed: bool = False,
         dtype: torch.dtype | None = None,
     ) -> None:
+        if dtype is None and vae.dtype == torch.float16 and vae.config.get("force_upcast"):
+            dtype = torch.float32
         other = dtype is not None and dtype != vae.dtype
         self.vae: Any = copy.deepcopy(vae).to(dtype) if other else sharing_copy(vae)
         self.vae.requires_grad_(False).eval()

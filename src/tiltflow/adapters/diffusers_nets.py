@@ -228,6 +228,12 @@ def call_of(backbone: Any, told: float) -> Call:
     Raises:
         UnsupportedError: for other networks, or inputs that are not known here.
     """
+    inputs, outputs = (backbone.config.get(f"{side}_channels") for side in ("in", "out"))
+    if outputs not in (None, inputs, 2 * inputs):
+        raise UnsupportedError(
+            f"{type(backbone).__name__} reads {inputs} channels and returns {outputs}: it is "
+            "asked with more than a state (inpainting, edits), which this adapter does not do."
+        )
     if is_flux(backbone):
         return partial(of_packed, told=told if backbone.config.guidance_embeds else None)
     name = type(backbone).__name__
