@@ -92,12 +92,14 @@ def test_other_predictions(kind: str) -> None:
     assert float((own - images_of(pipeline, "sd", start, given, None, 1.0)).abs().max()) < 1e-5
 
 
-def test_unconditional_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """DDPM's noisy steps on its own draws, through sampler and pipeline."""
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("clip", [False, True])
+def test_unconditional_images(kind: str, clip: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DDPM's noisy steps on its own draws, through sampler and pipeline; clipped too."""
     from diffusers.pipelines.ddpm import pipeline_ddpm
     from diffusers.schedulers import scheduling_ddpm
 
-    pipeline = tiny.unconditional()
+    pipeline = tiny.unconditional(prediction_type=kind, clip_sample=clip, clip_sample_range=0.8)
     image = adapted(pipeline, lora=None)
     path = image.sampler(STEPS).simulate(image.model, 2, seed=Seed(0))
     generator = Seed(0).generator()
@@ -110,6 +112,9 @@ def test_unconditional_images(monkeypatch: pytest.MonkeyPatch) -> None:
     own = image.decode(path.end).permute(0, 2, 3, 1)
     assert float((own - torch.as_tensor(theirs)).abs().max()) < 1e-5
     assert image.model.takes_cond is False
+    with torch.no_grad():
+        largest = float(image.model.endpoint(path.states[0], 0.0).abs().max())
+    assert largest == pytest.approx(0.8) if clip else largest > 1
     assert image.size == (8, 8)
 
 
@@ -212,6 +217,12 @@ def inpainting() -> Any:
     return pipeline
 
 
+def clipped_ddim() -> Any:
+    pipeline = tiny.unconditional()
+    pipeline.register_modules(scheduler=tiny.ddim(clip_sample=True))
+    return pipeline
+
+
 def of_classes() -> Any:
     pipeline = tiny.unconditional()
     pipeline.unet.register_to_config(num_class_embeds=3)
@@ -240,7 +251,7 @@ REFUSED: list[tuple[Any, type[Exception], str]] = [
         ConfigError,
         "multiples",
     ),
-    (lambda: adapted(tiny.unconditional(clip_sample=True)), UnsupportedError, "clip_sample=False"),
+    (lambda: adapted(clipped_ddim()), UnsupportedError, "clip_sample=False"),
 ]
 
 

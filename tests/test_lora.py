@@ -228,7 +228,10 @@ def test_recomputed_activations_have_the_right_adapters() -> None:
         assert torch.allclose(a, b, atol=1e-5 * float(a.abs().max()))
 
 
-@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "sana", "flux"])
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("sdxl", "sana")]
+
+
+@pytest.mark.parametrize("kind", ["sd", "sd3", "flux", *SLOW])
 def test_round_trip(kind: str, tmp_path: Path) -> None:
     """Tune, save, load in plain diffusers: the same images, and others than before."""
     make, side = {**tiny.KINDS, "flux": tiny.flux}[kind], 32 if kind == "sana" else 16

@@ -7,6 +7,7 @@ prompts from its text encoders, images from its VAE. Sampling and training are t
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,14 +18,18 @@ from torch import Tensor, nn
 
 from tiltflow.adapters.diffusers_decode import Decoder, pixels
 from tiltflow.adapters.diffusers_nets import (
-    PREDICTIONS,
     PipelineNet,
     call_of,
     is_flux,
     of_images,
 )
 from tiltflow.adapters.diffusers_prompts import Guidance, Prompts, conditions_of
-from tiltflow.adapters.diffusers_schedules import prediction_of, sampler_of, schedule_of
+from tiltflow.adapters.diffusers_schedules import (
+    prediction_of,
+    sampler_of,
+    schedule_of,
+    unclipped,
+)
 from tiltflow.errors import ConfigError, UnsupportedError
 from tiltflow.flow import FlowModel, freeze
 from tiltflow.lora import LoRA, lora_tensors, merged, with_lora
@@ -60,9 +65,8 @@ class ImageModel:
         sigmas = None
         if _part(self.pipeline) == "transformer" and is_flux(self.pipeline.transformer):
             sigmas = [1 - k / num_steps for k in range(num_steps)]  # its pipeline's own choice
-        return sampler_of(
-            self.pipeline.scheduler, num_steps, noise=noise, sigmas=sigmas, mu=self._mu()
-        )
+        scheduler, _ = unclipped(self.pipeline.scheduler)
+        return sampler_of(scheduler, num_steps, noise=noise, sigmas=sigmas, mu=self._mu())
 
     def _mu(self) -> float | None:
         """Shift by size, as the pipelines of Stable Diffusion 3 and Flux compute it."""
@@ -217,7 +221,7 @@ def adapted(
     part = _part(pipeline)
     backbone = getattr(pipeline, part)
     call = call_of(backbone, told)
-    scheduler, vae = pipeline.scheduler, _vae(pipeline)
+    (scheduler, clip), vae = unclipped(pipeline.scheduler), _vae(pipeline)
     schedule, kind = schedule_of(scheduler), prediction_of(scheduler)
     event, size = _event(backbone, vae, pipeline, size)
     given, nothing = None, None
@@ -230,11 +234,11 @@ def adapted(
     net = PipelineNet(
         backbone, call, kind, schedule, int(scheduler.config.num_train_timesteps),
         scale=scale if everywhere else 1.0, rollout_scale=1.0 if everywhere else scale,
-        nothing=nothing.tensors if nothing is not None else None,
+        nothing=nothing.tensors if nothing is not None else None, clip=clip,
     )  # fmt: skip
     model = freeze(
         FlowModel(
-            net, schedule, Euclidean(event), predicts=PREDICTIONS[kind],
+            net, schedule, Euclidean(event), predicts=net.predicts,
             takes_cond=given is not None,
         )
     )  # fmt: skip
@@ -286,8 +290,6 @@ def _backbone(model: FlowModel) -> nn.Module:
 
 def _flags(pipeline: Any) -> dict[str, Any]:
     """Arguments of a pipeline's constructor that are not parts of it."""
-    import inspect
-
     wanted = inspect.signature(type(pipeline).__init__).parameters
     return {k: v for k, v in pipeline.config.items()
             if k in wanted and k not in pipeline.components}  # fmt: skip

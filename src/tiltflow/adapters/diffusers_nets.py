@@ -50,6 +50,7 @@ class PipelineNet(nn.Module):
         scale: of guidance; 1 is none.
         nothing: conditions of one sample, needed for guidance.
         rollout_scale: guidance of roll-outs that train this network; see ``behaving``.
+        clip: returns end points, clamped to [-clip, clip]; pixels beyond have no gradient.
     """
 
     def __init__(
@@ -63,18 +64,24 @@ class PipelineNet(nn.Module):
         scale: float = 1.0,
         nothing: Mapping[str, Tensor] | None = None,
         rollout_scale: float = 1.0,
+        clip: float | None = None,
     ) -> None:
         super().__init__()
         self.backbone, self.call, self.kind = backbone, call, kind
         self.schedule, self.total = schedule, total
         self.scale, self.rollout_scale = scale, rollout_scale
-        self.nothing = dict(nothing or {})
+        self.nothing, self.clip = dict(nothing or {}), clip
+
+    @property
+    def predicts(self) -> Prediction:
+        """What it returns."""
+        return PREDICTIONS[self.kind] if self.clip is None else Prediction.ENDPOINT
 
     def guided(self, scale: float, nothing: Mapping[str, Tensor] | None = None) -> PipelineNet:
         """The same backbone with guidance in every output."""
         return PipelineNet(
             self.backbone, self.call, self.kind, self.schedule, self.total,
-            scale=scale, nothing=nothing or self.nothing,
+            scale=scale, nothing=nothing or self.nothing, clip=self.clip,
         )  # fmt: skip
 
     def behaving(self) -> PipelineNet | None:
@@ -92,14 +99,14 @@ class PipelineNet(nn.Module):
         given = {k: torch.as_tensor(v) for k, v in (cond or {}).items() if isinstance(v, Tensor)}
         timestep = self.timesteps(t)
         if self.scale == 1:
-            return self._converted(self._asked(x, timestep, given), t)
+            return self._converted(self._asked(x, timestep, given), x, t)
         own = {key: _entry(given, key) for key in self.nothing}
         both = {
             key: torch.cat([self.nothing[key].to(e).expand_as(e), e]) for key, e in own.items()
         }
         out = self._asked(torch.cat([x, x]), torch.cat([timestep, timestep]), both)
         nothing, something = out.chunk(2)
-        return self._converted(nothing + self.scale * (something - nothing), t)
+        return self._converted(nothing + self.scale * (something - nothing), x, t)
 
     def _asked(self, x: Tensor, timestep: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         dtype = next(self.backbone.parameters()).dtype
@@ -110,12 +117,21 @@ class PipelineNet(nn.Module):
             out = out[:, : x.shape[1]]  # the rest is a learned variance, which no step here uses
         return out
 
-    def _converted(self, out: Tensor, t: Tensor) -> Tensor:
+    def _converted(self, out: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        if self.clip is not None:
+            return self._image(out, x, t).clamp(-self.clip, self.clip)
         if self.kind == "flow":
             return -out
         if self.kind == "v_prediction":
             return -expand_as(self.schedule.wronskian(t), out) * out
         return out
+
+    def _image(self, out: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """The end point that an output means, on a path with alpha^2 + beta^2 = 1."""
+        alpha, beta = (expand_as(f(t), x) for f in (self.schedule.alpha, self.schedule.beta))
+        if self.kind == "v_prediction":
+            return alpha * x - beta * out
+        return out if self.kind == "sample" else (x - beta * out) / alpha
 
 
 def _entry(cond: Mapping[str, Tensor], key: str) -> Tensor:

@@ -79,6 +79,19 @@ def schedule_of(scheduler: Any) -> Schedule:
     return Tabulated((1.0, *scheduler.alphas_cumprod.double().tolist()))
 
 
+def unclipped(scheduler: Any) -> tuple[Any, float | None]:
+    """A DDPM scheduler that clips predicted images, as one that does not, and the largest pixel.
+
+    DDPM's step with a clipped prediction is the step of a network that predicts clipped images
+    (``PipelineNet(clip=...)``). DDIM keeps the noise of the prediction before the clip, which no
+    network predicts: its scheduler, like all others, is returned as it is.
+    """
+    if type(scheduler).__name__ != "DDPMScheduler" or not scheduler.config.clip_sample:
+        return scheduler, None
+    plain = type(scheduler).from_config(scheduler.config, clip_sample=False)
+    return plain, float(scheduler.config.clip_sample_range)
+
+
 def prediction_of(scheduler: Any) -> str:
     """``"flow"``, ``"epsilon"``, ``"v_prediction"`` or ``"sample"``: what networks return."""
     scheduler = _readable(scheduler)
@@ -276,4 +289,5 @@ __all__ = [
     "schedule_of",
     "times_of",
     "timestep_of",
+    "unclipped",
 ]
