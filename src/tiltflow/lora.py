@@ -116,7 +116,7 @@ def with_lora(
     net = sharing_copy(model.net)
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets))
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed((seed or Seed(0)).child("lora").number)
+        torch.default_generator.manual_seed((seed or Seed(0)).child("lora").number)
         try:
             inject_adapter_in_model(config, net)
         except ValueError as error:
