@@ -16,7 +16,7 @@ PACKAGE = Path(tiltflow.__file__).parent
 LAYERS = [
     "errors types seed context",
     "schedule space potential features distances similarity molecules bonds single_point",
-    "delta flow guidance views",
+    "delta flow guidance views lora",
     "kernel",
     "sample training",
     "density",

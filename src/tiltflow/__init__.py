@@ -86,6 +86,7 @@ if TYPE_CHECKING:
         Regridded,
         Transition,
     )
+    from tiltflow.lora import LoRA, with_lora
     from tiltflow.matching import distil, fit_flow
     from tiltflow.operators import (
         Circuit,
@@ -185,6 +186,7 @@ _HOMES = {
     "functional": "Exponential Functional Hinges Quadratic Shape SoftHinge",
     "kernel": "Ancestral Deterministic EulerMaruyama Heun Kernel LinearKernel MomentMatched "
     "Regridded Transition",
+    "lora": "LoRA with_lora",
     "matching": "distil fit_flow",
     "operators": "Circuit Contrast Gate Interpolation Intersection Prior Union circuit drawn",
     "potential": "BlackBox Decoded Differentiable Hinge Potential Rate Reward StepReward",
@@ -301,6 +303,7 @@ __all__ = [
     "LineSearch",
     "Linear",
     "LinearKernel",
+    "LoRA",
     "LogBarrier",
     "LogisticRatio",
     "Lowered",
@@ -388,4 +391,5 @@ __all__ = [
     "rescheduled",
     "ring",
     "tail_aware",
+    "with_lora",
 ]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tiltflow.delta import Delta, Full
-from tiltflow.errors import ConfigError, ShapeError
+from tiltflow.errors import ConfigError, ShapeError, UnsupportedError
 from tiltflow.schedule import Schedule
 from tiltflow.space import Space
 from tiltflow.types import Cond, as_times, expand_as
@@ -242,6 +242,27 @@ class ControlledProcess(Process):
     def endpoint(self, x: Tensor, t: Tensor | float, cond: Cond | None = None) -> Tensor:
         """The drift in end-point units; not a posterior mean."""
         return self._model.endpoint(x, t, cond)
+
+
+def behaviour_of(model: FlowModel) -> FlowModel | None:
+    """The model that roll-outs of a training of ``model`` are made with, where it is another one.
+
+    A network says so by a method ``behaving()``, which returns a network or ``None`` (guidance in
+    roll-outs only: ``adapters.diffusers.Guidance``). Trained tensors are shared.
+    """
+    behaving = getattr(model.net, "behaving", None)
+    net = None if behaving is None else behaving()
+    return None if net is None else model._with(net=net)
+
+
+def require_own_rollouts(model: FlowModel, user: str) -> None:
+    """Raise ``UnsupportedError`` for a model whose roll-outs are another model's."""
+    if behaviour_of(model) is not None:
+        raise UnsupportedError(
+            f"{user} would leave out that roll-outs of this model are made with guidance "
+            "(mode='rollouts'), which only AdjointMatching knows. Use mode='everywhere', or no "
+            "guidance."
+        )
 
 
 def freeze(process: FlowModel) -> FlowModel:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tiltflow.delta import Correction, Delta
 from tiltflow.errors import ConfigError, UnsupportedError
-from tiltflow.flow import FlowModel, Prediction
+from tiltflow.flow import FlowModel, Prediction, require_own_rollouts
 from tiltflow.schedule import Schedule
 from tiltflow.space import Masked, ZeroMean
 from tiltflow.types import Cond, expand_as
@@ -20,6 +20,7 @@ class _View(nn.Module):
 
     def __init__(self, model: FlowModel) -> None:
         super().__init__()
+        require_own_rollouts(model, "A view of a model")
         self.net, self.added = model.net, model.trainable
         self._model = model
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tiltflow.delta import Delta
 from tiltflow.errors import ConfigError
-from tiltflow.flow import FlowModel, Prediction
+from tiltflow.flow import FlowModel, Prediction, require_own_rollouts
 from tiltflow.kernel import LinearKernel
 from tiltflow.potential import StepReward
 from tiltflow.types import Access, Cond
@@ -82,8 +82,11 @@ def aligned(models: Sequence[FlowModel]) -> tuple[FlowModel, ...]:
 
     Raises:
         ConfigError: if they have no common space.
+        UnsupportedError: if roll-outs of one are another model's.
     """
     first = models[0]
+    for model in models:
+        require_own_rollouts(model, "Merging")
     for model in models[1:]:
         if model.space != first.space:
             raise ConfigError(

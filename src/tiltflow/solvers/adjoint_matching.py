@@ -14,7 +14,14 @@ from torch import Tensor
 from tiltflow.context import Context
 from tiltflow.delta import Correction
 from tiltflow.errors import ConfigError, UnsupportedError
-from tiltflow.flow import ControlledProcess, FlowModel, device_of, freeze, unfreeze
+from tiltflow.flow import (
+    ControlledProcess,
+    FlowModel,
+    behaviour_of,
+    device_of,
+    freeze,
+    unfreeze,
+)
 from tiltflow.kernel import Auto
 from tiltflow.potential import Potential, StepReward
 from tiltflow.problem import ControlProblem, PathProblem, Result, Solution
@@ -179,6 +186,12 @@ class AdjointMatching:
                 "which is not known for a conditional model: every condition has its own "
                 "normaliser. Set tolerance=0 and a number of updates."
             )
+        if self.tolerance > 0 and behaviour_of(init or reference) is not None:
+            raise UnsupportedError(
+                f"AdjointMatching: tolerance={self.tolerance:g} needs the gap to the optimum, "
+                "which is not known for guided roll-outs: they have no optimum. Set tolerance=0 "
+                "and a number of updates."
+            )
         reference = self._calibrated(freeze(reference), init, conditions, context)
         solver = self._with_steps(reference, conditions, context)
         tuned = unfreeze((init or reference).clone())
@@ -256,6 +269,7 @@ class _Matching:
         self.steps = Steps.of(solver.sampler, reference, like)
         self.num_noisy = int((self.steps.weight > 0).sum())
         self.shared = tuned.net is self.reference.net
+        self.behaviour = behaviour_of(tuned)
         self.mixer = Mixer()
         self.buffer: list[Points] = []
         self.batches: list[Points] = []
@@ -330,7 +344,7 @@ class _Matching:
             self.tuned, self.reference, self.steps, self.terminal, count,
             seed=seed.child("paths"), backend=self.context.backend,
             running=self.running, cond=cond, chunk=self.solver.chunk, carry=self._carry(),
-            oversample=oversample,
+            oversample=oversample, behaviour=self.behaviour,
         )  # fmt: skip
         targets = self._targets(path)
         generator = seed.child("points").generator(path.states.device)
@@ -364,7 +378,8 @@ class _Matching:
         if path.value is not None:
             self.stats["terminal"] = float(weighted_mean(path.value, stands))
         # Every condition has a normaliser of its own: weights in common would favour easy ones.
-        if path.log_weight is None or self.conditions is not None:
+        # And along guided paths they are no weights at all.
+        if path.log_weight is None or self.conditions is not None or self.behaviour is not None:
             return target
         weights = path_weights(path.log_weight, self.solver.min_effective, stands)
         gap = self._agreed(_spread(path.log_weight, stands))

@@ -10,7 +10,7 @@ from torch import Tensor
 from tiltflow.context import Backend, Context
 from tiltflow.delta import Correction
 from tiltflow.errors import UnsupportedError
-from tiltflow.flow import FlowModel, freeze, unfreeze
+from tiltflow.flow import FlowModel, freeze, require_own_rollouts, unfreeze
 from tiltflow.kernel import Auto
 from tiltflow.potential import Potential
 from tiltflow.sample import Sampler, calibrated, step_kl
@@ -48,6 +48,8 @@ def with_known_moments(
 
 def copied(reference: FlowModel, init: FlowModel | None) -> FlowModel:
     """A frozen copy of ``init`` (default: the reference) that has the reference's moments."""
+    for model in (reference, init or reference):
+        require_own_rollouts(model, "This solver")
     start = freeze((init or reference).clone())
     return start if reference.moments is None else start.with_moments(reference.moments)
 

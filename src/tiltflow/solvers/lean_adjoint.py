@@ -113,6 +113,7 @@ def rollout(
     chunk: int | None = None,
     carry: tuple[int, float] = (0, 1.0),
     oversample: int = 1,
+    behaviour: FlowModel | None = None,
 ) -> Rollout:
     """Simulate ``tuned`` and carry the adjoint back through ``reference`` (methods, 2.4.2)::
 
@@ -126,13 +127,16 @@ def rollout(
 
     ``oversample``: so many times more trajectories are simulated, without graphs, of which
     ``kept`` chooses; ``cond`` then has ``oversample * count`` entries.
+
+    ``behaviour``: the model whose steps the states take instead of ``tuned``'s. ``kl`` and
+    ``log_weight`` then are those of ``tuned`` along paths that are not its own.
     """
     generator = seed.generator(device_of(tuned))
     size, parts = chunk or count, []
     for start in range(0, count, size):
         number = min(size, count - start)
         index = torch.arange(oversample * start, oversample * (start + number))
-        path = _Path(tuned, reference, steps, backend, index_cond(cond, index))
+        path = _Path(tuned, reference, steps, backend, index_cond(cond, index), behaviour)
         path.carry(*carry, number, generator)
         path.forward(len(index), generator, graphs=oversample == 1)
         if oversample > 1:
@@ -185,8 +189,10 @@ class _Path:
         steps: Steps,
         backend: Backend,
         cond: Cond | None,
+        behaviour: FlowModel | None = None,
     ) -> None:
         self.tuned, self.reference, self.steps = tuned, reference, steps
+        self.behaviour = behaviour
         self.backend, self.cond = backend, cond
         self.shared = tuned.net is reference.net
         c = steps.coefficients
@@ -240,6 +246,9 @@ class _Path:
             if graphs or self.shared:
                 self._ask(leaf, t, k, graphs and self._late(k))
             tuned = self._tuned(leaf, t, k)
+            if self.behaviour is not None:
+                with self.backend.autocast():
+                    tuned = self.behaviour.endpoint(leaf, t, self.cond)
             x = torch.add(leaf * self.on_state[k], tuned, alpha=self.on_endpoint[k])
             x = torch.add(x, z, alpha=self.deviation[k])
         self.end = x
