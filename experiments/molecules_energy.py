@@ -11,6 +11,7 @@ import molecules_lab as lab
 import molecules_texts as texts
 import torch
 from molecules_lab import Setting
+from torch import Tensor
 from toys import Record, Store
 
 from tiltflow.algorithms import mirror_descent, smallest_weight, tail_aware
@@ -190,6 +191,13 @@ def energies(task: Task, molecules: Molecules) -> Record:
         "tail": [tail.value, tail.standard_error],
         "spread": [HARTREE_KCAL * task.reward.std, 0.0],
     }
+
+
+def mean_energy(task: Task, molecules: Molecules, weights: Tensor) -> Estimate:
+    """The mean alone, of weighted molecules."""
+    found = formation_energies(molecules, task.points)
+    kept = found.isfinite()
+    return Estimate.of(-HARTREE_KCAL * found[kept], weights[kept] / weights[kept].sum())
 
 
 TOLD = {"mean": 2, "tail": 2, "xtb_failed": 3} | lab.TOLD

@@ -13,7 +13,14 @@ import torch
 from molecules_lab import Setting
 from toys import Record, Store
 
-from tiltflow.algorithms import Averaging, FeynmanKac, Merging, Superposition, TrainingFree, merge
+from tiltflow.algorithms import (
+    FeynmanKac,
+    Merging,
+    Superposition,
+    TrainingFree,
+    averaged,
+    merge,
+)
 from tiltflow.context import Context
 from tiltflow.flow import FlowModel
 from tiltflow.operators import Gate, Intersection, Prior, Union
@@ -26,6 +33,9 @@ FULL = energy.FULL
 
 SHARES = (0.25, 0.5, 0.75)
 """Of the copy in the intersections without training; the trained one has a half."""
+
+ENDS = (0.001, 0.999)
+"""The parts themselves, nearly, on the noise of these intersections: the difference tells more."""
 
 MODEL, COPY, TWIN = Prior("model"), Prior("copy"), Prior("twin")
 
@@ -54,15 +64,28 @@ class Task:
         return energy.told(self.energy, self.parts[name])
 
     def drawn(self, by: TrainingFree, gate: Gate) -> Record:
-        """Of samples of a gate, nothing trained."""
-        drawn = by.draw(
+        """Of samples of a gate, nothing trained: mean energies with the samples' weights, all else
+        of samples that are drawn again by them."""
+        bank = by.sample(
             gate, [self.parts[part.name] for part in gate.parts], self.chosen.fresh,
             seed=self.seed.child("drawn"), sampler=self.energy.sampler,
         )  # fmt: skip
-        molecules = lab.edm().layout.decode(drawn.bank.points)
-        return lab.reported(molecules, self.energy.points) | energy.energies(
-            self.energy, molecules
-        )
+        again = torch.multinomial(
+            bank.weights, len(bank.points), replacement=True,
+            generator=self.seed.child("again").generator(),
+        )  # fmt: skip
+        equal = bool((bank.weights == bank.weights[0]).all())
+        molecules = lab.edm().layout.decode(bank.points if equal else bank.points[again])
+        found = lab.reported(molecules, self.energy.points)
+        found |= energy.energies(self.energy, molecules)
+        all_of_them = lab.edm().layout.decode(bank.points)
+        mean = energy.mean_energy(self.energy, all_of_them, bank.weights)
+        return found | {"mean": [mean.value, mean.standard_error]}
+
+    def averaged(self) -> Record:
+        """Of the average of velocities, on the noise of its parts."""
+        model = averaged([self.parts["model"], self.parts["copy"]], [0.5, 0.5])
+        return energy.told(self.energy, model)
 
     def merged(self, gate: Gate) -> Record:
         """Of one model: an intersection by one control problem, from the average of its parts,
@@ -88,18 +111,16 @@ def free(share: float) -> str:
     return f"{share:g} copy, `FeynmanKac`"
 
 
-COPIED, AVERAGED, ONE = "copy", "0.5 copy, `Averaging`", "0.5 copy, one model"
+COPIED, AVERAGED, ONE = "copy", "0.5 copy, averaged", "0.5 copy, one model"
 BOTH, DISTILLED = "union with the twin, `Superposition`", "union with the twin, one model"
 METHODS: Mapping[str, Callable[[Task], Record]] = {
     "model": lambda task: task.told("model"),
     COPIED: lambda task: task.told("copy"),
     **{
-        free(share): lambda task, share=share: task.drawn(
-            FeynmanKac(equal=True), intersection(share)
-        )
-        for share in SHARES
+        free(share): lambda task, share=share: task.drawn(FeynmanKac(), intersection(share))
+        for share in (*ENDS, *SHARES)
     },
-    AVERAGED: lambda task: task.drawn(Averaging(), intersection(0.5)),
+    AVERAGED: lambda task: task.averaged(),
     ONE: lambda task: task.merged(intersection(0.5)),
     "twin": lambda task: task.told("twin"),
     BOTH: lambda task: task.drawn(Superposition(), Union(MODEL, TWIN)),
@@ -127,12 +148,13 @@ def section(store: Store) -> str:
 def judged(store: Store, name: str) -> list[str]:
     """Mean energies of intersections less the target between those of the parts, and shares of
     stable atoms of unions less the average of the parts; means over seeds."""
-    targets = {free(share): ("mean", COPIED, share) for share in SHARES}
-    targets |= {label: ("mean", COPIED, 0.5) for label in (AVERAGED, ONE)}
-    targets |= {label: ("atom_stability", "twin", 0.5) for label in (BOTH, DISTILLED)}
+    low, high = (free(share) for share in ENDS)
+    targets = {free(share): ("mean", low, high, share) for share in SHARES}
+    targets |= {label: ("mean", "model", COPIED, 0.5) for label in (AVERAGED, ONE)}
+    targets |= {label: ("atom_stability", "model", "twin", 0.5) for label in (BOTH, DISTILLED)}
     lines = []
-    for label, (key, other, share) in targets.items():
-        found = [lab.by_seed(store, f"{name}/{n}/") for n in ("model", other, label)]
+    for label, (key, one, other, share) in targets.items():
+        found = [lab.by_seed(store, f"{name}/{n}/") for n in (one, other, label)]
         misses = torch.tensor(
             [
                 made[key][0] - (1 - share) * first[key][0] - share * second[key][0]

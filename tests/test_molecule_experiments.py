@@ -68,8 +68,9 @@ def test_tails_are_compared_at_their_path_kl(tmp_path: Path) -> None:
 
 def test_merged_models_are_judged_by_their_targets(tmp_path: Path) -> None:
     """A quarter of the way from 140 to 148 is 142; half of the way from 0.8 to 0.4 is 0.6."""
+    low, high = (molecules_merging.free(share) for share in molecules_merging.ENDS)
     values = {
-        "model": (140.0, 0.8), "copy": (148.0, 0.8), "twin": (100.0, 0.4),
+        low: (140.0, 0.8), high: (148.0, 0.8), "model": (99.0, 0.8), "twin": (100.0, 0.4),
         molecules_merging.free(0.25): (142.5, 0.8), molecules_merging.BOTH: (120.0, 0.5),
     }  # fmt: skip
     results = {
