@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+import tiltflow.rewards.clip
+from tiltflow.density import Empirical
 from tiltflow.errors import ConfigError, NonFiniteError, ShapeError
 from tiltflow.metrics import frechet, image_features, image_report, left_cvar, per_prompt, vendi
 from tiltflow.metrics.tails import right_cvar
-from tiltflow.potential import Differentiable
-from tiny_clip import WIDTH, clip, images
+from tiltflow.potential import BlackBox, Differentiable
+from tiny_clip import WIDTH, clip, images, tokenizer
 
 
 def normal(*shape: int, seed: int) -> Tensor:
@@ -205,3 +209,32 @@ def test_refusals() -> None:
     for prompt in (torch.tensor([0, 1]), torch.tensor([0.0, 1.0, 2.0])):
         with pytest.raises(ShapeError, match="numbers"):
             per_prompt(torch.arange(3.0), prompt)
+
+
+def test_page_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every block of Python on docs/image-rewards.md, with a tiny CLIP for each name."""
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    made = clip(), tokenizer(tmp_path / "words")
+    monkeypatch.setattr(tiltflow.rewards.clip, "load_clip", lambda name, **kwargs: made)
+    head = {"layers.0.weight": torch.ones(1, WIDTH), "layers.0.bias": torch.zeros(1)}
+    torch.save(head, "sac+logos+ava1-l14-linearMSE.pth")
+    prompt = torch.arange(6) % 2
+    scope = {
+        "torch": torch, "tiltflow": tiltflow, "BlackBox": BlackBox, "model": made[0],
+        "decode": torch.sigmoid, "latents": torch.logit(images(6)), "numbers": prompt,
+        "images": images(6), "photographs": images(8, seed=1), "cond": {"prompt": prompt},
+        "score": lambda text, image: len(text) * float(image.mean()),
+    }  # fmt: skip
+    page = Path(__file__).resolve().parent.parent / "docs" / "image-rewards.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 5
+    with pytest.warns(UserWarning, match="longer than the 12 tokens"):
+        exec(blocks[0], scope)
+    for block in blocks[1:]:
+        exec(block, scope)
+        reward = scope["reward"]
+        assert reward.value(images(6), {"prompt": prompt}).shape == (6,)
+    assert {"clip.mean[1]", "clip.left_cvar[each]", "vendi", "frechet"} <= set(scope["report"])
+    value = scope["diversity"].value(Empirical(scope["latents"]))
+    assert 0 < value.value < math.log(6)

@@ -54,8 +54,8 @@ def vendi(features: Tensor, *, at_most: int = MOST_COMPARED) -> Estimate:
 
         exp(-sum_i l_i log l_i),   l_i eigenvalues of K / n,   K_ij cosine of features i and j
 
-    Between 1, all alike, and n (Friedman and Dieng, 2023). It grows with n and is low by about
-    the number of kinds over n: compare at equal ``count``. The standard error is that of the
+    Between 1, all alike, and n (Friedman and Dieng, 2023). It grows with n, for k clear kinds by a
+    factor of about 1 - (k - 1) / 2n: compare at equal ``count``. The standard error is that of the
     influence function. Of more than ``at_most`` images, the first.
 
     Args:

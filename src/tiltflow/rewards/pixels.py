@@ -120,7 +120,7 @@ class JpegSize(Potential):
         r(x) = -bytes(JPEG(x)) / 1000,                                  in kB, r < 0
 
     of the 8-bit image, by Pillow. Maximal for a uniform image; ``-1 * JpegSize()`` rewards detail
-    (Black et al., 2023, section 5.1, with quality 95). The number grows with the image's area, and
+    (Black et al., 2023). The number grows with the image's area, and
     belongs to this version of Pillow's encoder; it is the same for the same image.
 
     Args:
