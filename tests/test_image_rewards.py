@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import builtins
 import importlib
-import io
 import itertools
 import warnings
 from pathlib import Path
@@ -24,9 +23,8 @@ from tiltflow.errors import (
 from tiltflow.potential import Decoded, Potential
 from tiltflow.rewards import Aesthetic, ClipScore, JpegSize
 from tiltflow.rewards.clip import ClipFeatures, clip_score, linear_head
-from tiltflow.rewards.pixels import ClipPixels, eight_bit
-from tiltflow.types import Access
-from tiny_clip import SIZE, WIDTH, clip, images, tokenizer
+from tiltflow.rewards.pixels import ClipPixels
+from tiny_clip import SIZE, WIDTH, clip, images, in_steps, processor, tokenizer
 
 PROMPTS = ("a cat", "two dogs", "sea")
 
@@ -46,21 +44,6 @@ def score(model: Any, words: Any) -> ClipScore:
     return ClipScore(model, words, PROMPTS)
 
 
-def processor(size: int) -> Any:
-    """CLIP's own, by Pillow."""
-    pytest.importorskip("transformers")
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    return CLIPImageProcessorPil(
-        size={"shortest_edge": size}, crop_size={"height": size, "width": size}
-    )
-
-
-def in_steps(x: torch.Tensor) -> torch.Tensor:
-    """The nearest images of 8 bits."""
-    return eight_bit(x).permute(0, 3, 1, 2).double() / 255
-
-
 def check_gradient(reward: Potential, x: torch.Tensor, cond: Any = None) -> None:
     """Central differences along random directions, in float64."""
     generator = torch.Generator().manual_seed(5)
@@ -73,36 +56,6 @@ def check_gradient(reward: Potential, x: torch.Tensor, cond: Any = None) -> None
     scale = grad.flatten(1).norm(dim=1) * direction.flatten(1).norm(dim=1)
     assert bool((scale > 0).all())
     assert float((((up - down) / (2 * h) - slope) / scale).abs().max()) < 1e-7
-
-
-@pytest.mark.parametrize(("height", "width"), [(24, 24), (96, 70), (31, 57), (20, 15), (512, 300)])
-def test_pixels_are_those_of_clips_processor(height: int, width: int) -> None:
-    """Up to the rounding to 8 bits that Pillow makes after each of two passes."""
-    x = in_steps(images(2, height, width))
-    own = ClipPixels(SIZE)
-    theirs = processor(SIZE)(list((255 * x).round().to(torch.uint8)), return_tensors="pt")
-    theirs = theirs["pixel_values"].double()
-    assert own(x).shape == theirs.shape == (2, 3, SIZE, SIZE)
-    std = torch.tensor(own.std, dtype=torch.float64).view(3, 1, 1)
-    assert float(((own(x) - theirs) * std).abs().max()) < 1.5 / 255
-
-
-def test_hard_edges_are_clamped_as_pillow_clamps_them() -> None:
-    """Black and white noise, enlarged: cubic interpolation leaves [0, 1] by a tenth."""
-    x = (images(2, 11, 13, seed=2) > 0.5).double()
-    theirs = processor(SIZE)(list((255 * x).to(torch.uint8)), return_tensors="pt")["pixel_values"]
-    own = ClipPixels(SIZE)
-    std = torch.tensor(own.std, dtype=torch.float64).view(3, 1, 1)
-    assert float(((own(x) - theirs) * std).abs().max()) < 1.5 / 255
-    free = nn.functional.interpolate(x, (SIZE, SIZE), mode="bicubic", antialias=True)
-    assert float(free.max()) > 1.05
-
-
-def test_white_has_a_gradient() -> None:
-    """Rounding of the interpolation does not take it from single pixels."""
-    x = torch.ones(1, 3, 50, 50).requires_grad_()
-    (grad,) = torch.autograd.grad(ClipPixels(SIZE).cut(x).sum(), x)
-    assert float(grad.sum()) == pytest.approx(3 * SIZE**2, rel=1e-4)
 
 
 def test_score_is_that_of_the_model_itself(model: Any, words: Any, score: ClipScore) -> None:
@@ -304,26 +257,6 @@ def test_loading_by_name(model: Any, words: Any, score: ClipScore, tmp_path: Pat
     assert torch.equal(loaded.value(x, cond), score.value(x, cond))
     with pytest.raises(OSError, match="nowhere"):
         clip_score(str(tmp_path / "nowhere"), PROMPTS, local_files_only=True)
-
-
-def test_jpeg_size_is_pillows() -> None:
-    """The bytes of the file that Pillow writes of the same 8-bit image, over 1000."""
-    from PIL import Image
-
-    x = torch.cat([images(3, 50, 34), torch.full((1, 3, 50, 34), 0.5, dtype=torch.float64)])
-    for quality in (30, 95):
-        expected = []
-        for image in (255 * x).round().to(torch.uint8):
-            file = io.BytesIO()
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=quality)
-            expected.append(-len(file.getvalue()) / 1000)
-        assert JpegSize(quality).value(x).tolist() == expected
-    value = JpegSize().value(x)
-    assert int(value.argmax()) == 3, "a uniform image is the smallest"
-    assert JpegSize().offers is Access.VALUE
-    assert bool((JpegSize(30).value(x)[:3] > value[:3]).all())
-    with pytest.raises(CapabilityError, match="GRAD is missing"):
-        JpegSize().grad(x)
 
 
 def test_wrong_numbers_and_missing_packages(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from tiltflow.rewards.pixels import eight_bit
+
 TOKENS, WIDTH, SIZE = 12, 16, 24
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -56,3 +58,18 @@ def images(count: int, height: int = 40, width: int = 32, seed: int = 0) -> torc
     smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")
     noise = torch.randn(smooth.shape, generator=generator, dtype=torch.float64)
     return torch.sigmoid(1.5 * smooth + 0.3 * noise)
+
+
+def processor(size: int) -> Any:
+    """CLIP's own, by Pillow."""
+    pytest.importorskip("transformers")
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    return CLIPImageProcessorPil(
+        size={"shortest_edge": size}, crop_size={"height": size, "width": size}
+    )
+
+
+def in_steps(x: torch.Tensor) -> torch.Tensor:
+    """The nearest images of 8 bits."""
+    return eight_bit(x).permute(0, 3, 1, 2).double() / 255
