@@ -187,6 +187,20 @@ def test_model_is_frozen_and_keeps_its_dtype(words: Any) -> None:
     assert torch.allclose(value, exact, rtol=1e-4)
 
 
+def test_half_precision(words: Any) -> None:
+    """Model and images in bfloat16: values in single precision, near those in double; what is left
+    is the rounding of weights, activations and pixels."""
+    x = images(8)
+    exact, slope = ClipScore(clip(), words, ["sea"]).value_and_grad(x)
+    reward = ClipScore(clip().to(torch.bfloat16), words, ["sea"])
+    value, grad = reward.value_and_grad(x.to(torch.bfloat16))
+    assert (value.dtype, grad.dtype) == (torch.float32, torch.bfloat16)
+    assert float((value - exact).abs().max()) < 0.01
+    pair = grad.double().flatten(1), slope.flatten(1)
+    assert float(nn.functional.cosine_similarity(*pair).min()) > 0.998
+    assert JpegSize().value(x.to(torch.bfloat16)).dtype == torch.float32
+
+
 def test_features_are_unit_vectors_for_kernels(model: Any) -> None:
     from tiltflow.similarity import CosineSimilarity
 

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, final
+from typing import Any, cast, final
 
 import torch
 from safetensors.torch import load_file
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tiltflow.errors import CapabilityError, CheckpointError, ConfigError, ShapeError
 from tiltflow.features import Features
 from tiltflow.potential import Reward
-from tiltflow.rewards.pixels import ClipPixels
+from tiltflow.rewards.pixels import ClipPixels, wide
 from tiltflow.types import Cond
 
 
@@ -27,7 +27,8 @@ class ClipFeatures(Features):
     """CLIP's embedding of images, of length one: (B, 3, H, W) in [0, 1] -> (B, width).
 
     What kernels of images compare: ``CosineSimilarity(ClipFeatures(model))``. It is computed in
-    the model's dtype and on its device, and returned in those of the images.
+    the model's dtype and on its device, and returned in those of the images, in single precision
+    at least.
 
     Args:
         model: transformers' ``CLIPModel`` or one with the same vision model and projection. It is
@@ -58,9 +59,9 @@ class ClipFeatures(Features):
     def _value(self, x: Tensor, cond: Cond | None) -> Tensor:
         model: Any = self.model
         weight = model.visual_projection.weight
-        pixels = self._pixels(x).to(weight)
-        out = model.visual_projection(model.vision_model(pixel_values=pixels)[1])
-        return nn.functional.normalize(out, dim=1).to(x)
+        pixels = self._pixels(x)
+        out = model.visual_projection(model.vision_model(pixel_values=pixels.to(weight))[1])
+        return nn.functional.normalize(out.to(pixels), dim=1)
 
 
 @final
@@ -109,10 +110,10 @@ class ClipScore(Reward):
         object.__setattr__(self, "_texts", texts)
 
     def _value(self, x: Tensor, cond: Cond | None) -> Tensor:
-        texts = self._texts.to(x)[self._numbers(len(x), cond).to(x.device)]
-        cosine = (self.features.value(x) * texts).sum(1)
-        model: Any = self.model
-        return cosine * model.logit_scale.exp().to(x) if self.scaled else cosine
+        phi = self.features.value(x)
+        texts = self._texts.to(phi)[self._numbers(len(x), cond).to(x.device)]
+        cosine, model = (phi * texts).sum(1), cast(Any, self.model)
+        return cosine * model.logit_scale.to(phi).exp() if self.scaled else cosine
 
     def _numbers(self, count: int, cond: Cond | None) -> Tensor:
         known = None if cond is None else cond.get("prompt")
@@ -151,7 +152,9 @@ def text_embeddings(model: Any, tokenizer: Any, texts: Sequence[str]) -> Tensor:
         list(texts), padding=True, truncation=True, max_length=most, return_tensors="pt"
     ).to(device)
     inputs = {key: tokens[key] for key in ("input_ids", "attention_mask")}
-    return nn.functional.normalize(model.text_projection(model.text_model(**inputs)[1]), dim=1)
+    return nn.functional.normalize(
+        wide(model.text_projection(model.text_model(**inputs)[1])), dim=1
+    )
 
 
 @final
@@ -192,8 +195,9 @@ class Aesthetic(Reward):
 
     def _value(self, x: Tensor, cond: Cond | None) -> Tensor:
         weight = next(self.head.parameters(), x)
-        out: Tensor = self.head(self.features.value(x).to(weight))
-        return (out[:, 0] if out.ndim == 2 and out.shape[1] == 1 else out).to(x)
+        phi = self.features.value(x)
+        out: Tensor = self.head(phi.to(weight)).to(phi)
+        return out[:, 0] if out.ndim == 2 and out.shape[1] == 1 else out
 
 
 def linear_head(path: Path | str) -> nn.Sequential:

@@ -79,13 +79,12 @@ class ClipPixels:
             raise ConfigError(f"ClipPixels: size={self.size} and std={self.std} must be positive.")
 
     def __call__(self, images: Tensor) -> Tensor:
-        return (self.cut(images) - self._channels(self.mean, images)) / self._channels(
-            self.std, images
-        )
+        x = self.cut(images)
+        return (x - self._channels(self.mean, x)) / self._channels(self.std, x)
 
     def cut(self, images: Tensor) -> Tensor:
         """The resized centre in [0, 1], before it is normalised."""
-        x = _clamped(checked_images(images, "ClipPixels"))
+        x = _clamped(wide(checked_images(images, "ClipPixels")))
         height, width = x.shape[2:]
         short = min(height, width)
         new = (self.size * height // short, self.size * width // short)
@@ -102,6 +101,12 @@ class ClipPixels:
         return x.new_tensor(numbers).view(3, 1, 1)
 
 
+def wide(x: Tensor) -> Tensor:
+    """In single precision at least: half of it cannot be interpolated, and hides differences of
+    rewards."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _clamped(x: Tensor) -> Tensor:
     return x.clamp(-ROUNDING, 1 + ROUNDING)
 
@@ -109,7 +114,7 @@ def _clamped(x: Tensor) -> Tensor:
 def eight_bit(images: Tensor) -> Tensor:
     """Pixels 0 to 255, (B, 3, H, W) in [0, 1] -> (B, H, W, 3) of uint8 on the CPU."""
     x = checked_images(images, "eight_bit").detach()
-    return (255 * x.clamp(0, 1)).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+    return (255 * wide(x).clamp(0, 1)).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
 
 @final
@@ -143,7 +148,7 @@ class JpegSize(Potential):
 
     def _value(self, x: Tensor, cond: Cond | None) -> Tensor:
         sizes = [self._bytes(pixels.numpy()) for pixels in eight_bit(x)]
-        return torch.tensor(sizes, dtype=torch.float64).div(-1000).to(x)
+        return torch.tensor(sizes, dtype=torch.float64).div(-1000).to(wide(x))
 
     def _bytes(self, pixels: Any) -> int:
         file = io.BytesIO()
@@ -161,4 +166,4 @@ def _pillow() -> Any:
         raise CapabilityError("JpegSize needs Pillow: pip install pillow.") from error
 
 
-__all__ = ["ClipPixels", "JpegSize", "checked_images", "eight_bit"]
+__all__ = ["ClipPixels", "JpegSize", "checked_images", "eight_bit", "wide"]
