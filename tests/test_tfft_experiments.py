@@ -36,6 +36,7 @@ def test_the_optimum_on_the_grid(case: tfft_toys.Case, row: tuple[float, ...]) -
     assert best.objective == pytest.approx(value, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_every_weight_of_the_densities_is_supported() -> None:
     """Stage 1 refuses none of them, and does refuse what is meant to starve."""
     for case in tfft_toys.CASES:
