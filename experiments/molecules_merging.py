@@ -37,6 +37,9 @@ SHARES = (0.25, 0.5, 0.75)
 ENDS = (0.001, 0.999)
 """The parts themselves, nearly, on the noise of these intersections: the difference tells more."""
 
+LEARNING_RATE = 2e-5
+"""Of distilling the union into the network, from a few hundred samples."""
+
 MODEL, COPY, TWIN = Prior("model"), Prior("copy"), Prior("twin")
 
 
@@ -93,7 +96,7 @@ class Task:
         settings = Merging(
             solver=self.energy.solver(), sampler=self.energy.sampler, bank_size=self.chosen.bank,
             batch_size=32, until=1.0,
-            training=Training(num_updates=self.chosen.bank, learning_rate=1e-4, ema=0.99),
+            training=Training(num_updates=self.chosen.bank, learning_rate=LEARNING_RATE, ema=0.99),
         )  # fmt: skip
         start = self.parts["copy"] if COPY in gate.parts else None
         found = merge(

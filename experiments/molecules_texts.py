@@ -79,12 +79,16 @@ different first variation of every step of the descent.
 
 MERGING = """
 Molecules of 12 atoms. The *copy* is the model tuned by expected reward for the energy above; the
-*twin* the same network after 21 epochs, far worse. An intersection
-(1 - w) model & w copy is the geometric mean of their laws, and so the model tilted with w times
-what the copy was tilted with: its mean energy should be about (1 - w) times that of the model plus
-w times that of the copy, an intermediate energy that is chosen by w. By particles of both models
-(`FeynmanKac`), by averaged velocities, and as one model: a control problem that starts from the
-average, whose guidance learns what averaging misses. The union of model and twin makes molecules
-of both, half of each: stable atoms are the mean of theirs. By `Superposition` of both models, and
-as one network that samples of both were distilled into.
+*twin* the same network after 21 epochs, far worse. An intersection (1 - w) model & w copy is the
+geometric mean of their laws, and so the model tilted with w times what the copy was tilted with:
+its mean energy should be about (1 - w) times that of the model plus w times that of the copy, an
+intermediate energy that is chosen by w. By particles of both models (`FeynmanKac`, whose rows of
+0.001 and 0.999 are the parts on the same noise), by averaged velocities, and as one model: a
+control problem that starts from the average, whose guidance learns what averaging misses, here
+next to nothing. The union of model and twin makes molecules of both, half of each: stable atoms
+are the mean of theirs. By `Superposition` of both models, which is exact, and as one network that
+a few hundred samples of both were distilled into: it meets the share of stable atoms, but fewer
+molecules are valid than of the mixture, because so few samples cost a network of this size some of
+what it knew. Path KLs of the twin mean only that the last, nearly noiseless steps of two networks
+differ.
 """
