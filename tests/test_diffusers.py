@@ -393,12 +393,15 @@ def test_loading_is_that_of_diffusers(tmp_path: Path) -> None:
         load_pipeline(tmp_path / "pickled")
 
 
-def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The example of docs/images.md, with a tiny pipeline and fewer steps."""
+@pytest.mark.parametrize("page", ["docs/images.md", "README.md"])
+def test_the_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example of both pages, of at most 15 lines, with a tiny pipeline and fewer steps."""
     import diffusers
 
-    page = (Path(__file__).resolve().parent.parent / "docs" / "images.md").read_text("utf-8")
-    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    text = (Path(__file__).resolve().parent.parent / page).read_text("utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (block,) = [each for each in blocks if "load_pipeline" in each]
+    assert len([line for line in block.splitlines() if line.strip()]) <= 15
     asked: dict[str, Any] = {}
 
     def stand_in(name: str, **kwargs: Any) -> Any:
