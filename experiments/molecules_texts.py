@@ -83,12 +83,13 @@ Molecules of 12 atoms. The *copy* is the model tuned by expected reward for the 
 geometric mean of their laws, and so the model tilted with w times what the copy was tilted with:
 its mean energy should be about (1 - w) times that of the model plus w times that of the copy, an
 intermediate energy that is chosen by w. By particles of both models (`FeynmanKac`, whose rows of
-0.001 and 0.999 are the parts on the same noise), by averaged velocities, and as one model: a
-control problem that starts from the average, whose guidance learns what averaging misses, here
-next to nothing. The union of model and twin makes molecules of both, half of each: stable atoms
-are the mean of theirs. By `Superposition` of both models, which is exact, and as one network that
-a few hundred samples of both were distilled into: it meets the share of stable atoms, but fewer
-molecules are valid than of the mixture, because so few samples cost a network of this size some of
-what it knew. Path KLs of the twin mean only that the last, nearly noiseless steps of two networks
-differ.
+0.001 and 0.999 are the parts on the same noise; they are drawn again by their weights, so that
+molecules repeat), by averaged velocities, and as one model: a control problem that starts from the
+average, whose guidance learns what averaging misses, here next to nothing. Of one seed a mean is
+uncertain by the ± of its row, less where rows share their noise. The union of model and twin makes
+molecules of both, half of each: stable atoms are the mean of theirs. By `Superposition` of both
+models, which is exact, and as one network that a few hundred samples of both were distilled into:
+it meets the share of stable atoms, but fewer molecules are valid than of the mixture, because so
+few samples cost a network of this size some of what it knew. Path KLs of the twin mean only that
+the last, nearly noiseless steps of two networks differ.
 """
