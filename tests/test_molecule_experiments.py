@@ -84,6 +84,7 @@ def test_merged_models_are_judged_by_their_targets(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:tail_aware")  # it trains far too little, and says so
 @published("edm_qm9_small")
 @pytest.mark.parametrize("name", ["pretrained", "validity", "diversity", "merging"])
 def test_smoke_runs_write_their_page_and_are_not_done_twice(name: str, tmp_path: Path) -> None:
