@@ -19,10 +19,9 @@ from tiltflow.density import Empirical, FlowDensity
 from tiltflow.divergences import KL
 from tiltflow.flow import FlowModel
 from tiltflow.guidance import guided
-from tiltflow.kernel import Ancestral
 from tiltflow.metrics.molecules import diversity
 from tiltflow.molecules import ElementCounts
-from tiltflow.sample import Sampler, path_kl
+from tiltflow.sample import path_kl
 from tiltflow.seed import Seed
 from tiltflow.similarity import GaussianSimilarity
 from tiltflow.solvers import AdjointMatching
@@ -68,20 +67,20 @@ class Task:
         return guided(lab.edm().with_atoms(ATOMS), counts, since=1 - LATE)
 
     def density(self, model: FlowModel, seed: Seed) -> FlowDensity:
-        return FlowDensity(model, sampler=sampler(self.chosen), num_samples=self.chosen.bank,
+        return FlowDensity(model, sampler=self.chosen.sampler, num_samples=self.chosen.bank,
                            seed=seed)  # fmt: skip
 
     def step_kl(self, new: FlowModel, old: FlowModel, seed: Seed) -> float:
         """Reported only, so that a few paths are enough."""
-        return path_kl(new, old, sampler=sampler(self.chosen), count=16, seed=seed).value
+        return path_kl(new, old, sampler=self.chosen.sampler, count=16, seed=seed).value
 
     def tuned(self) -> FlowModel:
         """Anchored mirror descent on diversity less the KL."""
         prior = self.density(self.model, self.seed.child("prior"))
         rollouts = max(1, self.chosen.rollouts // len(RATES))
         solver = AdjointMatching(
-            sampler=sampler(self.chosen), num_trajectories=self.chosen.trajectories, late=LATE,
-            early=0.0, use_values=False, num_evaluate=2,
+            sampler=self.chosen.sampler, num_trajectories=self.chosen.trajectories,
+            late=LATE, early=0.0, use_values=False, num_evaluate=2,
             training=Training(num_updates=20 * rollouts, learning_rate=1e-2, ema=0.9),
         )  # fmt: skip
         return mirror_descent(
@@ -93,10 +92,6 @@ class Task:
 
 def kernel() -> GaussianSimilarity:
     return GaussianSimilarity(BANDWIDTH, ElementCounts(lab.edm().layout, ELEMENTS))
-
-
-def sampler(chosen: Setting) -> Sampler:
-    return Sampler(Ancestral(), chosen.steps, batch_size=lab.BATCH)
 
 
 def run(store: Store, seeds: Sequence[int], quick: bool) -> None:

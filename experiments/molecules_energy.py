@@ -20,14 +20,12 @@ from tiltflow.density import FlowDensity
 from tiltflow.divergences import KL
 from tiltflow.flow import FlowModel
 from tiltflow.guidance import guided
-from tiltflow.kernel import Ancestral
 from tiltflow.metrics import right_cvar
 from tiltflow.metrics.molecules import formation_energies
 from tiltflow.molecules import Molecules
 from tiltflow.problem import ControlProblem, Solution
 from tiltflow.rewards import Standardised, XTBEnergy
 from tiltflow.rewards.single_points import SinglePoints
-from tiltflow.sample import Sampler
 from tiltflow.seed import Seed
 from tiltflow.single_point import HARTREE_KCAL
 from tiltflow.solvers import AdjointMatching
@@ -104,18 +102,17 @@ class Task:
     def utility(self) -> RightCVaR:
         return RightCVaR(self.reward, LEVEL)
 
-    @property
-    def sampler(self) -> Sampler:
-        return Sampler(Ancestral(), self.chosen.steps, batch_size=lab.BATCH)
-
     def density(self, model: FlowModel, seed: Seed) -> FlowDensity:
-        return FlowDensity(model, sampler=self.sampler, num_samples=self.chosen.bank, seed=seed)
+        return FlowDensity(
+            model, sampler=self.chosen.sampler, num_samples=self.chosen.bank, seed=seed
+        )
 
     def solver(self, share: float = 1.0) -> AdjointMatching:
         """``share`` of all roll-outs."""
         rollouts = max(1, round(share * self.chosen.rollouts))
         return AdjointMatching(
-            sampler=self.sampler, num_trajectories=self.chosen.trajectories, late=LATE, early=0.0,
+            sampler=self.chosen.sampler, num_trajectories=self.chosen.trajectories,
+            late=LATE, early=0.0,
             use_values=False, clip=CLIP, num_evaluate=min(64, self.chosen.bank),
             training=Training(num_updates=20 * rollouts, learning_rate=3e-2, ema=0.9),
         )  # fmt: skip

@@ -45,6 +45,10 @@ class Setting:
     fresh: int
     bank: int
 
+    @property
+    def sampler(self) -> Sampler:
+        return Sampler(Ancestral(), self.steps, batch_size=BATCH)
+
 
 QUICK = Setting("quick", steps=30, rollouts=2, trajectories=8, fresh=6, bank=16)
 

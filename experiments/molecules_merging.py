@@ -71,7 +71,7 @@ class Task:
         of samples that are drawn again by them."""
         bank = by.sample(
             gate, [self.parts[part.name] for part in gate.parts], self.chosen.fresh,
-            seed=self.seed.child("drawn"), sampler=self.energy.sampler,
+            seed=self.seed.child("drawn"), sampler=self.chosen.sampler,
         )  # fmt: skip
         again = torch.multinomial(
             bank.weights, len(bank.points), replacement=True,
@@ -94,7 +94,7 @@ class Task:
         """Of one model: an intersection by one control problem, from the average of its parts,
         with a guidance of its own; a union by distilling samples into a copy of the network."""
         settings = Merging(
-            solver=self.energy.solver(), sampler=self.energy.sampler, bank_size=self.chosen.bank,
+            solver=self.energy.solver(), sampler=self.chosen.sampler, bank_size=self.chosen.bank,
             batch_size=32, until=1.0,
             training=Training(num_updates=self.chosen.bank, learning_rate=LEARNING_RATE, ema=0.99),
         )  # fmt: skip

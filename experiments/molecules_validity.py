@@ -15,11 +15,9 @@ from tiltflow.context import Context
 from tiltflow.density import FlowDensity
 from tiltflow.flow import FlowModel
 from tiltflow.guidance import guided
-from tiltflow.kernel import Ancestral
 from tiltflow.metrics import left_cvar
 from tiltflow.problem import ControlProblem
 from tiltflow.rewards import ValidityGap
-from tiltflow.sample import Sampler
 from tiltflow.seed import Seed
 from tiltflow.solvers import AdjointMatching
 from tiltflow.training import Training
@@ -55,14 +53,10 @@ class Task:
     seed: Seed
 
     @property
-    def sampler(self) -> Sampler:
-        return Sampler(Ancestral(), self.chosen.steps, batch_size=lab.BATCH)
-
-    @property
     def solver(self) -> AdjointMatching:
         return AdjointMatching(
-            sampler=self.sampler, num_trajectories=self.chosen.trajectories, late=LATE, early=0.0,
-            use_values=False, num_evaluate=2, clip=CLIP,
+            sampler=self.chosen.sampler, num_trajectories=self.chosen.trajectories,
+            late=LATE, early=0.0, use_values=False, num_evaluate=2, clip=CLIP,
             training=Training(
                 num_updates=20 * self.chosen.rollouts, learning_rate=2e-2, ema=0.9
             ),
@@ -77,7 +71,7 @@ class Task:
             problem = ControlProblem(model, RATES[method] * reward, edm.sizes)
             return self.solver.solve(problem, context).model
         prior = FlowDensity(
-            model, sampler=self.sampler, num_samples=self.chosen.bank,
+            model, sampler=self.chosen.sampler, num_samples=self.chosen.bank,
             seed=self.seed.child("prior"), conditions=edm.sizes,
         )  # fmt: skip
         return tail_aware(

@@ -127,17 +127,21 @@ def test_training_reuses_the_end_points_of_the_roll_out() -> None:
     assert calls(1) == calls(20)
 
 
-def test_before_its_time_guidance_adds_nothing_and_does_not_ask_the_reward() -> None:
-    """After it, it is the same guidance; a batch may hold both."""
+def watched() -> tuple[Differentiable, list[int]]:
+    """x_1 as a reward, and of how many states it has been asked, call by call."""
     asked: list[int] = []
 
-    class Watched(nn.Module):
-        def __call__(self, x: Tensor) -> Tensor:
-            asked.append(len(x))
-            return x[:, 0]
+    def first(x: Tensor) -> Tensor:
+        asked.append(len(x))
+        return x[:, 0]
 
+    return Differentiable(first), asked
+
+
+def test_before_its_time_guidance_adds_nothing_and_does_not_ask_the_reward() -> None:
+    """After it, it is the same guidance; a batch may hold both."""
+    reward, asked = watched()
     plain = gaussian([0.0, 0.0]).flow(hidden=())
-    reward = Differentiable(Watched())
     early, late = guided(plain, reward), guided(plain, reward, since=0.5)
     with torch.no_grad():
         for model in (early, late):
@@ -169,15 +173,9 @@ class Squares(Features):
 
 def test_samples_of_an_untrained_guidance_cost_no_reward() -> None:
     """While its gain is zero only training has a use for the reward's gradient."""
-    asked: list[int] = []
-
-    class Watched(nn.Module):
-        def __call__(self, x: Tensor) -> Tensor:
-            asked.append(len(x))
-            return x[:, 0]
-
+    reward, asked = watched()
     plain = gaussian([0.0, 0.0]).flow(hidden=())
-    model = guided(plain, Differentiable(Watched()))
+    model = guided(plain, reward)
     sampler = Sampler(EulerMaruyama(), 4)
     found = sampler.sample(model, 3, seed=Seed(1))
     assert torch.equal(found, sampler.sample(plain, 3, seed=Seed(1)))

@@ -18,8 +18,8 @@ TOKENS, WIDTH, SIZE = 12, 16, 24
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
-def tokenizer(folder: Path) -> Any:
-    """One token for each letter."""
+def tokenizer(folder: Path, tokens: int = TOKENS) -> Any:
+    """One token for each letter, from files that are written here; texts of so many at most."""
     pytest.importorskip("transformers")
     from transformers import CLIPTokenizer
 
@@ -28,7 +28,7 @@ def tokenizer(folder: Path) -> Any:
     vocabulary = {word: number for number, word in enumerate(words)}
     (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
     (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
-    return CLIPTokenizer.from_pretrained(folder, model_max_length=TOKENS)
+    return CLIPTokenizer.from_pretrained(folder, model_max_length=tokens)
 
 
 def clip() -> Any:

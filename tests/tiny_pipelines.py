@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tiltflow.adapters.diffusers_prompts import Prompts
+from tiny_clip import tokenizer
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 TOKENS, WIDTH, POOLED = 8, 8, 12
@@ -44,19 +44,6 @@ def vae(**config: Any) -> Any:
     return AutoencoderKL(**{**settings, **config})
 
 
-def tokenizer(folder: Path) -> Any:
-    """One token for each letter, from files that are written here."""
-    from transformers import CLIPTokenizer
-
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{a}</w>" for a in letters)]
-    folder.mkdir(parents=True, exist_ok=True)
-    vocabulary = {word: number for number, word in enumerate(words)}
-    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
-    return CLIPTokenizer.from_pretrained(folder, model_max_length=TOKENS)
-
-
 def text_encoder(projection: int | None = None) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -89,7 +76,7 @@ def with_text_encoders(kind: str, folder: Path) -> Any:
         StableDiffusionXLPipeline,
     )
 
-    words = tokenizer(folder)
+    words = tokenizer(folder, TOKENS)
     if kind in ("sana", "pixart"):
         made = SanaPipeline if kind == "sana" else PixArtAlphaPipeline
         return made(**{**KINDS[kind]().components, "tokenizer": words, "text_encoder": t5()})
